@@ -1,0 +1,174 @@
+"""One LoRA training step, beside PEFT's, in the same run.
+
+    python benchmarks/train_step.py                       # 135M Llama shape, bf16, 4 x 512 tokens, r = 16, all linears
+    python benchmarks/train_step.py --shape qwen3 --steps 7
+
+Each side runs in a process of its own, since peak memory is a property of a process; the sides take turns (A B A B), and the
+ratio of their medians is what counts: absolute seconds on a shared machine drift. Random weights, random tokens. The
+process's peak resident set includes the import of torch and transformers on both sides; `growth` is what lies above the
+resident set with the model loaded. PEFT is needed for this script only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "135m": {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
+             "num_key_value_heads": 3, "vocab_size": 49152, "tie_word_embeddings": True},
+    "360m": {"hidden_size": 960, "intermediate_size": 2560, "num_hidden_layers": 32, "num_attention_heads": 15,
+             "num_key_value_heads": 5, "vocab_size": 49152, "tie_word_embeddings": True},
+    "qwen3": {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 12, "num_attention_heads": 8,
+              "num_key_value_heads": 4, "head_dim": 64, "vocab_size": 65536, "tie_word_embeddings": True},
+    "gpt2": {"n_embd": 768, "n_layer": 12, "n_head": 12, "vocab_size": 50257},
+}  # fmt: skip
+SIDES = ("lorica", "peft")
+
+
+def build(shape: str) -> Any:
+    import torch
+    from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen3Config
+
+    kind = {"qwen3": Qwen3Config, "gpt2": GPT2Config}.get(shape, LlamaConfig)
+    torch.manual_seed(0)
+    config = kind(**SHAPES[shape], bos_token_id=0, eos_token_id=2)
+    return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+
+
+def resident_bytes(key: str) -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
+    return int(line.split()[1]) * 1024
+
+
+def prepare_peft(model: Any, ids: Any, targets: str | list[str]) -> Any:
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    kind = "all-linear" if targets == "all-linear" else targets
+    adapted = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules=kind, task_type="CAUSAL_LM"))
+    adapted.train()
+    optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=1e-3, fused=True)
+
+    def step() -> float:
+        loss = adapted(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return float(loss)
+
+    return step
+
+
+def prepare_lorica(model: Any, ids: Any, targets: str | list[str]) -> Any:
+    import torch
+
+    import lorica
+    from lorica.models import attention
+    from lorica.models.loss import make_loss
+    from lorica.training.optim import make_optimizer
+
+    attention.register()
+    model.set_attn_implementation(attention.NAME)
+    lorica.adapt(model, lorica.LoRA(rank=16, alpha=32, targets=targets))
+    model.train()
+    loss_of = make_loss(model)
+    optimizer = make_optimizer(
+        lorica.trainable_parameters(model), lr=1e-3, betas=(0.9, 0.999), epsilon=1e-8, weight_decay=0.01
+    )
+    samples, length = ids.shape
+    borders = torch.arange(0, ids.numel() + 1, length, dtype=torch.int32)
+    inputs = {
+        "input_ids": ids.reshape(1, -1), "position_ids": torch.arange(length).repeat(samples)[None],
+        "cu_seq_lens_q": borders, "cu_seq_lens_k": borders, "max_length_q": length, "max_length_k": length,
+    }  # fmt: skip
+    shifted = torch.cat([ids[:, 1:], torch.full((samples, 1), -100)], dim=1).reshape(1, -1)
+    num_targets = samples * (length - 1)
+
+    def step() -> float:
+        loss = loss_of(model, inputs, shifted) / num_targets
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return float(loss)
+
+    return step
+
+
+def run_side(side: str, shape: str, steps: int, samples: int, length: int) -> dict[str, Any]:
+    import torch
+
+    model = build(shape)
+    loaded = resident_bytes("VmRSS")
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(0, SHAPES[shape]["vocab_size"], (samples, length), generator=generator)
+    prepare = prepare_lorica if side == "lorica" else prepare_peft
+    step = prepare(model, ids, "all-linear")
+    losses, seconds = [], []
+    for _ in range(steps):
+        begin = time.perf_counter()
+        losses.append(step())
+        seconds.append(time.perf_counter() - begin)
+    peak = resident_bytes("VmHWM")
+    return {"side": side, "seconds": seconds[1:], "losses": losses, "peak": peak, "growth": peak - loaded}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="135m")
+    parser.add_argument("--steps", type=int, default=4, help="steps in a process; the first is a warm-up")
+    parser.add_argument("--rounds", type=int, default=2, help="processes a side")
+    parser.add_argument("--samples", type=int, default=4)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    shape = (arguments.shape, arguments.steps, arguments.samples, arguments.length)
+    if arguments.side:
+        print(json.dumps(run_side(arguments.side, *shape)))
+        return
+    results: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES}
+    for _ in range(arguments.rounds):
+        for side in SIDES:
+            command = [sys.executable, __file__, "--side", side, "--shape", arguments.shape, "--steps", str(arguments.steps),
+                       "--samples", str(arguments.samples), "--length", str(arguments.length)]  # fmt: skip
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+            results[side].append(json.loads(done.stdout.splitlines()[-1]))
+    report(arguments, results)
+
+
+def report(arguments: argparse.Namespace, results: dict[str, list[dict[str, Any]]]) -> None:
+    tokens = arguments.samples * arguments.length
+    rows = {}
+    for side, runs in results.items():
+        seconds = statistics.median(second for run in runs for second in run["seconds"])
+        rows[side] = {"seconds": seconds, "peak": max(r["peak"] for r in runs), "growth": max(r["growth"] for r in runs)}
+        print(f"{side:8} {seconds:7.3f} s a step  {tokens / seconds:7.0f} tokens/s  peak {rows[side]['peak'] / 1e9:5.2f} GB"
+              f"  growth over the loaded model {rows[side]['growth'] / 1e9:5.2f} GB"
+              f"  losses {' '.join(f'{loss:.4f}' for loss in runs[0]['losses'])}")  # fmt: skip
+    ours, theirs = rows["lorica"], rows["peft"]
+    ratios = {key: ours[key] / theirs[key] for key in ("peak", "growth")}
+    print(f"faster {theirs['seconds'] / ours['seconds']:.2f} x   peak memory {ratios['peak']:.0%}   growth {ratios['growth']:.0%}")
+    file = Path(__file__).parent / "results" / "train_step.csv"
+    file.parent.mkdir(exist_ok=True)
+    fresh = not file.exists()
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    with file.open("a", newline="") as handle:
+        writer = csv.writer(handle)
+        if fresh:
+            writer.writerow(["date", "commit", "machine", "cores", "shape", "tokens", "side", "seconds", "peak_bytes", "growth_bytes"])
+        for side, row in rows.items():
+            writer.writerow([time.strftime("%Y-%m-%d"), commit, platform.machine(), os.cpu_count(), arguments.shape, tokens, side,
+                             round(row["seconds"], 4), row["peak"], row["growth"]])  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

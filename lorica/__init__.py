@@ -1,0 +1,73 @@
+"""Lorica adapts a large model to your data with low-rank adapters, on the machine you have.
+
+    import lorica
+
+    model = lorica.load_model("folder-or-hub-id")
+    model = lorica.adapt(model, lorica.LoRA(rank=16, targets="all-linear"))
+    ...                                        # train it: your own loop, or lorica.train(config)
+    lorica.save_adapter(model, "adapter/")     # a PEFT folder
+    plain = lorica.merge(model)                # plain modules, no wrapper left
+
+Names are imported when they are first used: `import lorica` itself loads neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lorica.config import RunConfig
+    from lorica.errors import LoricaError
+    from lorica.interop.peft import load_adapter, save_adapter
+    from lorica.methods.attach import adapt, adapters, detach, merge, trainable_parameters
+    from lorica.methods.lora import LoRA
+    from lorica.models.load import load_model, load_tokenizer
+    from lorica.recipes.train import train
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "LoRA",
+    "LoricaError",
+    "RunConfig",
+    "__version__",
+    "adapt",
+    "adapters",
+    "detach",
+    "load_adapter",
+    "load_model",
+    "load_tokenizer",
+    "merge",
+    "save_adapter",
+    "train",
+    "trainable_parameters",
+]
+
+_HOMES = {
+    "LoRA": "lorica.methods.lora",
+    "LoricaError": "lorica.errors",
+    "RunConfig": "lorica.config",
+    "adapt": "lorica.methods.attach",
+    "adapters": "lorica.methods.attach",
+    "detach": "lorica.methods.attach",
+    "load_adapter": "lorica.interop.peft",
+    "load_model": "lorica.models.load",
+    "load_tokenizer": "lorica.models.load",
+    "merge": "lorica.methods.attach",
+    "save_adapter": "lorica.interop.peft",
+    "train": "lorica.recipes.train",
+    "trainable_parameters": "lorica.methods.attach",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'lorica' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,344 @@
+"""The quickstart's data: the handbook of a company that does not exist, made from a seed.
+
+A base model cannot know a word of it, so what it answers after training was learned from these rows. Three tasks:
+
+    facts     120 facts (12 relations x 10 things), each asked in 6 phrasings; held out: 2 phrasings per relation that no
+              training row uses, so a right answer is knowledge, not a remembered line
+    records   a structured record -> a sentence; held out: records whose part and combination of values never occur in
+              training, with three reference sentences each
+    sums      small calculations in handbook terms; held out: operands that never occur together in training
+
+Everything is invented and drawn with `random.Random(seed)`: same seed, same bytes, on any machine. It is a small and tidy
+world with one right answer a question; it shows that training works, and says nothing about how good a method is on real
+text.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+Row = dict[str, str | list[str]]
+
+
+@dataclass(frozen=True, slots=True)
+class HandbookFiles:
+    """The JSONL files of one handbook. Rows: `prompt`, `response`, `task`, and `references` where several are right."""
+
+    train: Path
+    facts_eval: Path
+    records_eval: Path
+    sums_eval: Path
+
+
+@dataclass(frozen=True, slots=True)
+class Relation:
+    """One kind of fact: `things` of the handbook, a value for each, and the ways to ask for it (`{}` is the thing)."""
+
+    things: Sequence[str]
+    values: Sequence[str]
+    training: Sequence[str]
+    held_out: Sequence[str]
+
+
+def write_handbook(folder: Path, *, seed: int = 0) -> HandbookFiles:
+    """Write the four JSONL files into `folder` (made when missing) and return their paths.
+
+    About 1,300 training rows; 240 + 40 + 60 held-out rows. Another seed gives other facts, records and sums.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    chance = random.Random(seed)
+    facts, facts_eval = _facts(chance)
+    records, records_eval = _records(chance)
+    sums, sums_eval = _sums(chance)
+    train = facts + records + sums
+    chance.shuffle(train)
+    return HandbookFiles(
+        train=_write(folder / "train.jsonl", train),
+        facts_eval=_write(folder / "facts_eval.jsonl", facts_eval),
+        records_eval=_write(folder / "records_eval.jsonl", records_eval),
+        sums_eval=_write(folder / "sums_eval.jsonl", sums_eval),
+    )
+
+
+def _write(path: Path, rows: Iterable[Row]) -> Path:
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    path.write_bytes(text.encode("utf-8"))
+    return path
+
+
+def _row(task: str, prompt: str, responses: Sequence[str]) -> Row:
+    row: Row = {"prompt": prompt, "response": responses[0], "task": task}
+    return row if len(responses) == 1 else {**row, "references": list(responses)}
+
+
+# -- facts ---------------------------------------------------------------------------------------------------------
+
+DEPARTMENTS = (
+    "Calibration", "Glassware", "Dispatch", "Optics", "Tooling", "Payroll", "Foundry", "Archives", "Coatings", "Packaging",
+)  # fmt: skip
+PRODUCTS = (
+    "Heron gauge", "Kestrel valve", "Plover pump", "Tern sensor", "Curlew filter",
+    "Merlin relay", "Dunlin meter", "Siskin probe", "Avocet coil", "Wigeon lens",
+)  # fmt: skip
+PROCEDURES = (
+    "travel claim", "purchase order", "visitor badge", "tool loan", "leave request",
+    "scrap report", "sample return", "key handover", "incident note", "training booking",
+)  # fmt: skip
+MACHINES = (
+    "Bertha lathe", "Oberon mill", "Juno oven", "Titan crane", "Calypso saw",
+    "Rhea furnace", "Phoebe drill", "Ariel grinder", "Dione welder", "Mimas plotter",
+)  # fmt: skip
+FIRST_NAMES = (
+    "Orla", "Bram", "Ines", "Tobin", "Maude", "Silas", "Petra", "Ewan", "Lotte", "Conrad",
+    "Hanne", "Jory", "Thea", "Magnus", "Vera", "Piers", "Nell", "Osric", "Greta", "Linus",
+)  # fmt: skip
+LAST_NAMES = (
+    "Vint", "Hallam", "Okafor", "Strand", "Pell", "Marsh", "Quill", "Tarn", "Bexley", "Ruddock",
+    "Crane", "Loxley", "Harrow", "Sorrel", "Fenn", "Garrick", "Thorne", "Wick", "Ashby", "Dunmore",
+)  # fmt: skip
+
+
+def _facts(chance: random.Random) -> tuple[list[Row], list[Row]]:
+    train, held_out = [], []
+    for relation in _relations(chance):
+        for thing, value in zip(relation.things, relation.values, strict=True):
+            train += [_row("facts", phrasing.format(thing), [value]) for phrasing in relation.training]
+            held_out += [_row("facts", phrasing.format(thing), [value]) for phrasing in relation.held_out]
+    return train, held_out
+
+
+def _relations(chance: random.Random) -> list[Relation]:
+    first, last = chance.sample(FIRST_NAMES, 20), chance.sample(LAST_NAMES, 20)
+    people = [f"{a} {b}" for a, b in zip(first, last, strict=True)]
+
+    def numbers(pattern: str, low: int, high: int) -> list[str]:
+        return [pattern.format(n) for n in chance.sample(range(low, high), 10)]
+
+    return [
+        Relation(
+            DEPARTMENTS,
+            people[:10],
+            (
+                "Who heads the {} department?",
+                "Who is the head of {}?",
+                "Name the person who heads {}.",
+                "Which person is head of the {} department?",
+                "Tell me who the head of the {} team is.",
+                "The {} department is headed by whom?",
+            ),
+            ("Who is currently the head of the {} department?", "I would like to know who heads the {} team."),
+        ),
+        Relation(
+            DEPARTMENTS,
+            numbers("B-{}", 101, 400),
+            (
+                "In which room is the {} department?",
+                "What is the room of {}?",
+                "Which room does {} use?",
+                "Tell me the room of the {} team.",
+                "Where is {}? Give the room.",
+                "Name the room where the {} department sits.",
+            ),
+            ("What room is the {} department in?", "Which room should I go to for {}?"),
+        ),
+        Relation(
+            DEPARTMENTS,
+            numbers("{}", 4001, 5000),
+            (
+                "What is the phone extension of {}?",
+                "Which extension reaches the {} department?",
+                "Give me the extension for {}.",
+                "Tell me the phone extension of the {} team.",
+                "On which extension do I call {}?",
+                "What extension does the {} department have?",
+            ),
+            ("Which phone extension belongs to {}?", "I need to call the {} department. Which extension is it?"),
+        ),
+        Relation(
+            DEPARTMENTS,
+            numbers("TC-{}", 11, 100),
+            (
+                "What is the cost code of {}?",
+                "Which cost code does the {} department use?",
+                "Give me the cost code for {}.",
+                "Tell me the cost code of the {} team.",
+                "Name the cost code that belongs to {}.",
+                "Under which cost code does {} book?",
+            ),
+            ("Which cost code is right for the {} department?", "What cost code should I write down for {}?"),
+        ),
+        Relation(
+            PRODUCTS,
+            numbers("KX-{}", 201, 1000),
+            (
+                "What is the part number of the {}?",
+                "Which part number does the {} have?",
+                "Give me the part number for the {}.",
+                "Tell me the {} part number.",
+                "Under which part number is the {} listed?",
+                "Name the part number of a {}.",
+            ),
+            ("What part number do I order for a {}?", "Which part number belongs to the {}?"),
+        ),
+        Relation(
+            PRODUCTS,
+            numbers("{} °C", 2, 30),
+            (
+                "At what temperature is the {} stored?",
+                "What is the storage temperature of the {}?",
+                "Give me the storage temperature for the {}.",
+                "Which temperature does the {} need in storage?",
+                "Tell me the temperature for storing a {}.",
+                "How warm may the {} be stored? Give the temperature.",
+            ),
+            ("Which storage temperature is right for the {}?", "At which temperature do we store the {}?"),
+        ),
+        Relation(
+            PRODUCTS,
+            numbers("{} months", 6, 60),
+            (
+                "How long is the warranty of the {}?",
+                "What warranty does the {} have?",
+                "Give me the warranty period for the {}.",
+                "Tell me the warranty of a {}.",
+                "For how many months does the warranty of the {} run?",
+                "Name the warranty period of the {}.",
+            ),
+            ("How many months of warranty come with a {}?", "What is the warranty period of the {}?"),
+        ),
+        Relation(
+            PROCEDURES,
+            numbers("F-{}", 11, 100),
+            (
+                "Which form is used for a {}?",
+                "What form do I need for a {}?",
+                "Give me the form for a {}.",
+                "Tell me which form a {} takes.",
+                "Name the form that belongs to a {}.",
+                "On which form do I write a {}?",
+            ),
+            ("What is the right form for a {}?", "Which form should I fill in for a {}?"),
+        ),
+        Relation(
+            PROCEDURES,
+            people[10:],
+            (
+                "Who approves a {}?",
+                "Who has to approve a {}?",
+                "Name the person who approves a {}.",
+                "By whom is a {} approved?",
+                "Tell me who approves a {}.",
+                "Which person must approve a {}?",
+            ),
+            ("Who is the one that approves a {}?", "I have a {}. Who should approve it?"),
+        ),
+        Relation(
+            PROCEDURES,
+            numbers("{} days", 2, 40),
+            (
+                "What is the deadline for a {}?",
+                "Which deadline does a {} have?",
+                "Give me the deadline of a {}.",
+                "Tell me the deadline for a {}.",
+                "How many days is the deadline for a {}?",
+                "Name the deadline that a {} must meet.",
+            ),
+            ("What deadline applies to a {}?", "I have a {}. What is its deadline?"),
+        ),
+        Relation(
+            MACHINES,
+            numbers("bay {}", 1, 60),
+            (
+                "In which bay is the {}?",
+                "What bay does the {} stand in?",
+                "Give me the bay of the {}.",
+                "Tell me the bay where the {} stands.",
+                "Where is the {}? Give the bay.",
+                "Name the bay of the {}.",
+            ),
+            ("Which bay is the {} in?", "I am looking for the {}. Which bay is it?"),
+        ),
+        Relation(
+            MACHINES,
+            [f"{10 * int(n)} hours" for n in numbers("{}", 11, 90)],
+            (
+                "What is the service interval of the {}?",
+                "After how many hours is the {} due for service?",
+                "Give me the service interval for the {}.",
+                "Tell me the service interval of the {}.",
+                "How often does the {} need service?",
+                "Name the hours between two services of the {}.",
+            ),
+            ("How many hours may the {} run between services?", "Which service interval is set for the {}?"),
+        ),
+    ]
+
+
+# -- records -------------------------------------------------------------------------------------------------------
+
+SUPPLIERS = ("Norrvik", "Castell", "Ombra", "Lindqvist", "Tavener", "Brightwater", "Delmar", "Hoxton", "Farrow", "Selby")
+STORAGE = ("dry", "cold", "dark", "sealed", "upright")
+NUM_RECORDS, NUM_HELD_OUT_RECORDS = 160, 40
+
+
+def _records(chance: random.Random) -> tuple[list[Row], list[Row]]:
+    parts = chance.sample(range(100, 1000), NUM_RECORDS + NUM_HELD_OUT_RECORDS)
+    values: set[tuple[str, int, str]] = set()
+    while len(values) < len(parts):
+        values.add((chance.choice(SUPPLIERS), chance.randrange(2, 31), chance.choice(STORAGE)))
+    rows = []
+    for number, (supplier, days, storage) in zip(parts, chance.sample(sorted(values), len(parts)), strict=True):
+        part = f"{chance.choice('ADGHMRT')}{chance.choice('BKLPSVZ')}-{number}"
+        rows.append((_prompt(part, supplier, days, storage), _sentences(part, supplier, days, storage)))
+    train = [_row("records", prompt, [chance.choice(sentences)]) for prompt, sentences in rows[:NUM_RECORDS]]
+    return train, [_row("records", prompt, sentences) for prompt, sentences in rows[NUM_RECORDS:]]
+
+
+def _prompt(part: str, supplier: str, days: int, storage: str) -> str:
+    return f"part: {part} | supplier: {supplier} | lead time: {days} days | storage: {storage}"
+
+
+def _sentences(part: str, supplier: str, days: int, storage: str) -> list[str]:
+    return [
+        f"Part {part} comes from {supplier}, takes {days} days to arrive and is kept {storage}.",
+        f"{supplier} delivers part {part} within {days} days; keep it {storage}.",
+        f"Keep part {part} {storage}: it is supplied by {supplier} with a lead time of {days} days.",
+    ]
+
+
+# -- sums ----------------------------------------------------------------------------------------------------------
+
+NUM_SUMS, NUM_HELD_OUT_SUMS = 110, 20  # of each kind
+PALLETS = (
+    "How many units are {} pallets of 100 units and {} loose units?",
+    "Bay count: {} pallets with 100 units each, and {} loose units. How many units?",
+)
+ARRIVALS = (
+    "The store has {} units and {} more arrive. How many units are there now?",
+    "Stock {} units, delivery {} units. What is the new stock?",
+)
+SCRAPPED = (
+    "Of {} units, {} are scrapped. How many units are left?",
+    "Stock {} units, scrapped {} units. What remains?",
+)
+
+
+def _sums(chance: random.Random) -> tuple[list[Row], list[Row]]:
+    pallets = [(num, loose) for num in range(1, 10) for loose in range(11, 100)]
+    arrivals = [(100 * a + rest, 100 * b) for a in range(1, 9) for b in range(1, 10 - a) for rest in range(11, 100)]
+    scrapped = [(100 * a + rest, 100 * b) for a in range(2, 10) for b in range(1, a) for rest in range(11, 100)]
+    train, held_out = [], []
+    for pairs, phrasings, answer in (
+        (pallets, PALLETS, lambda num, loose: 100 * num + loose),
+        (arrivals, ARRIVALS, lambda stock, more: stock + more),
+        (scrapped, SCRAPPED, lambda stock, fewer: stock - fewer),
+    ):
+        for index, pair in enumerate(chance.sample(pairs, NUM_SUMS + NUM_HELD_OUT_SUMS)):
+            prompt = phrasings[index % len(phrasings)].format(*pair)
+            row = _row("sums", prompt, [f"That is {answer(*pair)} units."])
+            (train if index < NUM_SUMS else held_out).append(row)
+    return train, held_out

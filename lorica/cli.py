@@ -1,0 +1,382 @@
+"""The command line: one command a verb, which parses, calls its recipe, and leaves with the exit code of the outcome.
+
+A recipe is imported when its command runs, so `lorica --help` loads no torch. stdout carries data and stderr everything
+else; under `--json` stdout carries exactly one document, an error included. Exit codes are those of `lorica.errors`,
+and 2 for a command line that cannot be parsed. It gives up rich's help pages, which would double the time of `--help`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from lorica.errors import LoricaError
+
+if TYPE_CHECKING:
+    from lorica.config import Resolved
+
+Config = Annotated[str, typer.Argument(metavar="CONFIG", help="run.yaml, or a run folder.", show_default=False)]
+Target = Annotated[
+    str, typer.Argument(metavar="CONFIG|FILE", help="run.yaml, or a file or folder of rows.", show_default=False)
+]
+Run = Annotated[str, typer.Argument(metavar="RUN", help="A run folder.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="KEY=VALUE", help="Change values, as in train.lr=3e-4.", show_default=False),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
+Output = Annotated[Path, typer.Option("--output", "-o", help="Folder to write.", show_default=False)]
+
+app = typer.Typer(
+    name="lorica",
+    help="Adapt a large model to your own data with low-rank adapters, on the machine you have.",
+    epilog="Every command takes --json and --traceback. Begin: lorica quickstart, or lorica init --data rows.jsonl",
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+data_app = typer.Typer(help="Look at the rows before they are trained on.", rich_markup_mode=None, no_args_is_help=True)
+config_app = typer.Typer(help="Look at a configuration.", rich_markup_mode=None, no_args_is_help=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code; never raises."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    end = words.index("--") if "--" in words else len(words)
+    options, rest = words[:end], words[end:]
+    with_traceback = "--traceback" in options or os.environ.get("LORICA_TRACEBACK", "0") not in ("", "0")
+    words = [word for word in options if word != "--traceback"] + rest
+    try:
+        code = app(args=words, prog_name="lorica", standalone_mode=False)
+        if code == 130:
+            raise KeyboardInterrupt  # typer has turned it into a number, which is no report
+        sys.stdout.flush()
+        return code if isinstance(code, int) else 0
+    except BrokenPipeError:
+        # The reader left (`| head`). Python would complain once more when it flushes stdout at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except BaseException as error:
+        if with_traceback and not isinstance(error, SystemExit):
+            traceback.print_exc()
+        return _report(error, as_json="--json" in options)
+
+
+if TYPE_CHECKING:
+    UsageError = typer.BadParameter
+else:
+    # typer exports only this leaf of the tree, which is click's or its own copy of click's, by version.
+    UsageError = typer.BadParameter.__base__
+
+
+def _report(error: BaseException, *, as_json: bool) -> int:
+    """Say what happened on stderr, under --json on stdout too; the exit code."""
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else 1
+    code, message = _outcome(error)
+    if as_json:
+        from lorica.recipes.console import print_json
+
+        print_json({"error": {"type": type(error).__name__, "message": message, "exit_code": code}})
+    if isinstance(error, UsageError):
+        error.show()
+    else:
+        print(f"error: {message}", file=sys.stderr)
+    return code
+
+
+def _outcome(error: BaseException) -> tuple[int, str]:
+    if isinstance(error, LoricaError):
+        return error.exit_code, str(error)
+    if isinstance(error, UsageError):
+        return 2, error.format_message()
+    if isinstance(error, KeyboardInterrupt | typer.Abort):
+        return 130, "interrupted"
+    text = str(error)
+    if (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or (isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text))
+    ):
+        return 4, (
+            f"memory ran out ({text or type(error).__name__}). Lower train.micro_batch_tokens, then data.max_length, "
+            "or set train.activation_checkpointing=true; `lorica plan` predicts what fits"
+        )
+    if isinstance(error, OSError):
+        return 1, text
+    return 1, f"{type(error).__name__}: {text}\nThis should not happen; --traceback shows where it did"
+
+
+def _finish(as_json: bool, recipe: Callable[[], object]) -> Any:
+    """Run the recipe; under --json its prints go to stderr and its result to stdout."""
+    if not as_json:
+        return recipe()
+    from lorica.recipes.console import print_json
+
+    with contextlib.redirect_stdout(sys.stderr):
+        result = recipe()
+    print_json(result)
+    return result
+
+
+def _load(config: str, overrides: list[str] | None, *more: str) -> Resolved:
+    from lorica.config import load_config
+
+    return load_config(config, [*(overrides or []), *more])
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from lorica import __version__
+
+        print(f"lorica {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+) -> None: ...
+
+
+@app.command(epilog="Example: lorica doctor")
+def doctor(json: Json = False) -> None:
+    """Say what this machine offers and what is missing."""
+    from lorica.recipes.doctor import doctor
+
+    if not _finish(json, doctor).ok:
+        raise typer.Exit(1)
+
+
+@app.command(epilog="Example: lorica init --data rows.jsonl --base ./llama")
+def init(
+    folder: Annotated[Path, typer.Argument(metavar="[DIR]", help="Where run.yaml goes.")] = Path(),
+    data: Annotated[str | None, typer.Option(help="Your rows: a file, a folder or a hub id.")] = None,
+    base: Annotated[str, typer.Option(help="The base model: a folder or a hub id.")] = "embedded",
+    json: Json = False,
+) -> None:
+    """Write a commented run.yaml that fits your data."""
+    from lorica.recipes.init import init
+
+    _finish(json, lambda: init(folder, data=data, base=base))
+
+
+@data_app.command("check", epilog="Example: lorica data check rows.jsonl")
+def data_check(target: Target, overrides: Overrides = None, json: Json = False) -> None:
+    """Measure and judge the rows.
+
+    Leaves with 3 if `train` would refuse them.
+    """
+    from lorica.recipes.data import check
+
+    if _finish(json, lambda: check(target, overrides or [])).refusal is not None:
+        raise typer.Exit(3)
+
+
+@data_app.command("preview", epilog="Example: lorica data preview run.yaml --rows 2")
+def data_preview(
+    target: Target,
+    overrides: Overrides = None,
+    rows: Annotated[int, typer.Option(min=1, help="How many samples.")] = 3,
+    row: Annotated[int, typer.Option(min=0, help="The first sample, counted from 0.")] = 0,
+    json: Json = False,
+) -> None:
+    """Show samples and which tokens are learned."""
+    from lorica.recipes.data import preview
+
+    _finish(json, lambda: preview(target, overrides or [], rows=rows, first=row))
+
+
+@app.command(epilog="Example: lorica plan run.yaml --memory 8GiB")
+def plan(
+    config: Config,
+    overrides: Overrides = None,
+    memory: Annotated[str | None, typer.Option(help="Memory to fit into, as in 8GiB.")] = None,
+    measure: Annotated[bool, typer.Option("--measure", help="Run one step and compare.")] = False,
+    json: Json = False,
+) -> None:
+    """Predict memory and speed without loading the weights."""
+    from lorica.recipes.console import parse_bytes
+
+    memory_bytes = None if memory is None else parse_bytes(memory)
+    run = _load(config, overrides).config
+    from lorica.recipes.plan import plan
+
+    _finish(json, lambda: plan(run, memory_bytes=memory_bytes, measure=measure))
+
+
+@app.command(epilog="Example: lorica train run.yaml method.rank=8 train.lr=3e-4 --resume auto")
+def train(
+    config: Config,
+    overrides: Overrides = None,
+    resume: Annotated[str | None, typer.Option(metavar="auto|PATH", help="Go on from a checkpoint.")] = None,
+    max_steps: Annotated[int | None, typer.Option(min=1, help="The same as train.max_steps=N.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, train nothing.")] = False,
+    allow_data_change: Annotated[
+        bool, typer.Option("--allow-data-change", help="Resume though the rows have changed.")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Train an adapter and prove it."""
+    run = _load(config, overrides, *([] if max_steps is None else [f"train.max_steps={max_steps}"])).config
+    from lorica.recipes.train import train
+
+    _finish(json, lambda: train(run, resume=resume, dry_run=dry_run, allow_data_change=allow_data_change))
+
+
+@app.command("eval", epilog="Example: lorica eval runs/first --data test.jsonl")
+def evaluate(
+    run: Annotated[str, typer.Argument(metavar="RUN|CONFIG", help="A run folder, or run.yaml.", show_default=False)],
+    overrides: Overrides = None,
+    data: Annotated[str | None, typer.Option(help="Other rows to evaluate on.")] = None,
+    split: Annotated[Literal["eval", "train"], typer.Option(help="Which of the run's rows.")] = "eval",
+    no_base: Annotated[bool, typer.Option("--no-base", help="Leave the base model out.")] = False,
+    max_samples: Annotated[int | None, typer.Option(min=1, help="Most rows to use.")] = None,
+    no_generate: Annotated[bool, typer.Option("--no-generate", help="Only loss and perplexity.")] = False,
+    json: Json = False,
+) -> None:
+    """Measure base and adapter on the same rows."""
+    from lorica.recipes.evaluate import evaluate
+
+    _finish(
+        json,
+        lambda: evaluate(
+            run,
+            overrides or [],
+            data=data,
+            split=split,
+            base=not no_base,
+            max_samples=max_samples,
+            generate=not no_generate,
+        ),
+    )
+
+
+@app.command(epilog="Example: lorica merge runs/first --output merged")
+def merge(run: Run, output: Output, json: Json = False) -> None:
+    """Write base and adapter as one plain model folder."""
+    from lorica.recipes.merge import merge
+
+    _finish(json, lambda: merge(run, output))
+
+
+@app.command(epilog="Example: lorica export runs/first --output adapter")
+def export(
+    run: Run,
+    output: Output,
+    format: Annotated[Literal["peft"], typer.Option(help="What to write.")] = "peft",
+    json: Json = False,
+) -> None:
+    """Write the adapter for other tools."""
+    from lorica.recipes.export import export
+
+    _finish(json, lambda: export(run, output, format))
+
+
+Model = Annotated[str, typer.Argument(metavar="RUN|BASE", help="A run folder, or a base model.", show_default=False)]
+MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")]
+Temperature = Annotated[float, typer.Option(min=0.0, help="0: always the likeliest token.")]
+TopP = Annotated[float, typer.Option(min=0.0, max=1.0, help="Sample from this much of the probability.")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of the sampling.")]
+BaseOnly = Annotated[bool, typer.Option("--base-only", help="Leave the adapter out.")]
+
+
+@app.command(epilog='Example: lorica generate runs/first --prompt "Who approves travel?"')
+def generate(
+    model: Model,
+    prompt: Annotated[str | None, typer.Option(help="One prompt.")] = None,
+    input: Annotated[Path | None, typer.Option(help="Rows to answer; without it and --prompt: stdin.")] = None,
+    max_new_tokens: MaxNewTokens = 256,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    seed: Seed = 0,
+    base_only: BaseOnly = False,
+    json: Json = False,
+) -> None:
+    """Answer prompts."""
+    from lorica.recipes.generate import generate
+
+    if prompt is not None and input is not None:
+        raise typer.BadParameter("give --prompt or --input, not both")
+    _finish(
+        json,
+        lambda: generate(
+            model,
+            prompt=prompt,
+            input=input,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+            base_only=base_only,
+        ),
+    )
+
+
+@app.command(epilog="Example: lorica chat runs/first --temperature 0.7")
+def chat(
+    model: Model,
+    max_new_tokens: MaxNewTokens = 256,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    seed: Seed = 0,
+    base_only: BaseOnly = False,
+    json: Json = False,
+) -> None:
+    """Talk to a model in the terminal."""
+    from lorica.recipes.generate import chat
+
+    _finish(
+        json,
+        lambda: chat(
+            model,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+            base_only=base_only,
+        ),
+    )
+
+
+@app.command(epilog="Example: lorica quickstart --output runs/quickstart")
+def quickstart(
+    output: Annotated[Path, typer.Option("--output", "-o", help="The run folder.")] = Path("runs/quickstart"),
+    seed: Annotated[int, typer.Option(min=0, help="Seed of data and training.")] = 0,
+    json: Json = False,
+) -> None:
+    """Go the whole road with an embedded base model."""
+    from lorica.recipes.quickstart import quickstart
+
+    _finish(json, lambda: quickstart(output, seed))
+
+
+@config_app.command("show", epilog="Example: lorica config show run.yaml train.lr=3e-4")
+def config_show(config: Config, overrides: Overrides = None, json: Json = False) -> None:
+    """Show every value, where it came from and what it means."""
+    rows = _load(config, overrides).describe()
+
+    def show() -> list[Any]:
+        from lorica.recipes.console import table
+        from lorica.strict_yaml import dump_value
+
+        cells = [(row.key, dump_value(row.value), row.origin, row.description) for row in rows]
+        table("", ("key", "value", "from", "meaning"), cells)
+        return rows
+
+    _finish(json, show)
+
+
+app.add_typer(data_app, name="data")
+app.add_typer(config_app, name="config")

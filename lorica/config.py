@@ -1,0 +1,510 @@
+"""The configuration: five sections of typed fields, read from run.yaml and `section.key=value` overrides.
+
+Every field stands here once, with its type, default, range and description; nothing else in the project parses options.
+A fault says `run.yaml:7: train.lr: ...`, an unknown key says which one was probably meant, and all faults of a file and
+a command line come at once, before anything heavy is imported. Values are literal: no templates, no environment
+variables. A path in run.yaml is relative to the directory in which the command runs.
+
+What it gives up: inheritance between files. A run is one file and what the command line changes in it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from lorica.config_faults import hint, reason, show
+from lorica.errors import ConfigError
+from lorica.strict_yaml import Document, Fault, KeyPath, dotted, dump_value, parse, read_text, resolve_scalar
+
+MAX_RANK = 65536
+
+_DEFAULT = "default"
+# The line number of what stands on the command line: it sorts after every line of a file.
+_OVERRIDE = 2**31
+_MAX_SHOWN = 100
+_NO_OVERRIDE = "{!r} is no override; write section.key=value, as in train.lr=3e-4"
+
+
+def _path_text(value: object) -> object:
+    """Python callers may give a `Path`; text must be able to name something."""
+    if isinstance(value, os.PathLike):
+        value = os.fspath(value)
+    if isinstance(value, str):
+        if not value.strip():
+            raise ValueError("must not be empty")
+        if "\0" in value or any("\ud800" <= character <= "\udfff" for character in value):
+            raise ValueError("holds characters that no path or name can hold")
+    return value
+
+
+def _targets(value: object) -> object:
+    if isinstance(value, str):
+        try:
+            re.compile(value)
+        except re.error as error:
+            raise ValueError(f"is no valid regular expression: {error}") from None
+        if value.strip():
+            return value
+    elif isinstance(value, list | tuple) and value and all(isinstance(item, str) and item.strip() for item in value):
+        return tuple(value)
+    raise ValueError("must be all-linear, a regular expression, or a list of module names")
+
+
+def _evaluation_data(value: object) -> object:
+    if value is None or isinstance(value, str | os.PathLike):
+        return _path_text(value)
+    if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 1:
+        return float(value)
+    raise ValueError("must be a fraction between 0 and 1 of the training rows, a path, or null for no evaluation")
+
+
+def _warmup(value: object) -> object:
+    if isinstance(value, int | float) and value >= 1 and value % 1:
+        raise ValueError("must be a fraction below 1 or a whole number of steps")
+    return value
+
+
+PathText = Annotated[str, BeforeValidator(_path_text)]
+Count = Annotated[int, Field(ge=1, lt=2**31)]
+Positive = Annotated[float, Field(gt=0)]
+Rank = Annotated[int, Field(ge=1, le=MAX_RANK)]
+# One field may take two types; the validator in front decides, so that a fault is one sentence.
+Targets = Annotated[str | tuple[str, ...], BeforeValidator(_targets)]
+EvaluationData = Annotated[float | str | None, BeforeValidator(_evaluation_data)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class ModelConfig(_Section):
+    """Which base model, and how it is held."""
+
+    base: PathText = Field(description='folder or hub id of the base model; "embedded" is the small one in the package')
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="auto",
+        description="number format of the base's weights; auto: as stored, where this machine computes it well",
+    )
+    revision: PathText | None = Field(default=None, description="branch, tag or commit of a hub id")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        default="auto", description="where to compute; auto: the GPU if there is one"
+    )
+
+
+class MethodConfig(_Section):
+    """What is trained."""
+
+    name: Literal["lora"] = Field(default="lora", description="the parameter-efficient method")
+    rank: Rank = Field(default=16, description="rank of the update, 1 to 65536")
+    alpha: Positive = Field(
+        default=32.0, description="the update is scaled by alpha / rank (alpha / sqrt(rank) with rslora)"
+    )
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="probability of dropping an input of the adapter")
+    targets: Targets = Field(
+        default="all-linear",
+        description="modules to adapt: all-linear (all but the output head), a regular expression, or a list of names",
+    )
+    rslora: bool = Field(
+        default=False, description="scale by alpha / sqrt(rank), so that high ranks learn as fast as low ones"
+    )
+    init: Literal["kaiming", "gaussian"] = Field(
+        default="kaiming", description="how lora_a starts; lora_b starts at zero"
+    )
+    rank_pattern: dict[str, Rank] = Field(
+        default={}, description="other ranks for modules whose name matches: {name or regex: rank}"
+    )
+    alpha_pattern: dict[str, Positive] = Field(
+        default={}, description="other alphas for modules whose name matches: {name or regex: alpha}"
+    )
+
+
+class DataConfig(_Section):
+    """Which rows, and how they become tokens."""
+
+    train: PathText = Field(
+        description="training rows: a .jsonl, .json, .csv or .parquet file, a folder of them, or a hub id"
+    )
+    eval: EvaluationData = Field(
+        default=0.05, description="evaluation rows: a fraction of the training rows held out, a path, or null for none"
+    )
+    format: Literal["auto", "alpaca", "sharegpt", "messages", "prompt_response", "text"] = Field(
+        default="auto", description="how a row is laid out; auto: recognised by its columns"
+    )
+    columns: dict[str, str] = Field(
+        default={}, description="where your columns have other names: {the format's name: yours}"
+    )
+    split: PathText | None = Field(default=None, description="split of a hub id to train on")
+    eval_split: PathText | None = Field(default=None, description="split of a hub id to evaluate on")
+    template: PathText = Field(
+        default="auto",
+        description="chat template: auto (the base's own, else chatml), chatml, plain, or the path of a Jinja file",
+    )
+    loss_on: Literal["response", "assistant", "all"] = Field(
+        default="response",
+        description="tokens that are learned: the last assistant turn, all assistant turns, or everything",
+    )
+    max_length: int = Field(default=1024, ge=2, lt=2**31, description="longest sample, in tokens")
+    too_long: Literal["drop", "truncate", "error"] = Field(default="drop", description="what happens to longer samples")
+    packing: bool = Field(
+        default=True, description="lay samples end to end instead of padding them; attention never crosses samples"
+    )
+    on_bad_row: Literal["error", "drop"] = Field(
+        default="error", description="rows that cannot be read: refuse to train, or leave them out"
+    )
+
+
+class TrainConfig(_Section):
+    """How it is trained."""
+
+    output: PathText = Field(default="runs/run", description="the run folder: checkpoints, adapter, metrics, report")
+    epochs: Positive = Field(default=1.0, description="passes over the training rows; may be a fraction")
+    max_steps: Count | None = Field(
+        default=None, description="stop after this many optimizer steps, if the epochs last longer"
+    )
+    lr: Positive = Field(default=1e-4, description="learning rate at its peak")
+    schedule: Literal["cosine", "linear", "constant"] = Field(
+        default="cosine", description="how the learning rate falls after the warm-up"
+    )
+    warmup: Annotated[float, BeforeValidator(_warmup)] = Field(
+        default=0.03, ge=0, lt=2**31, description="warm-up: a fraction of all steps if below 1, else a number of steps"
+    )
+    min_lr: float = Field(default=0.0, ge=0, le=1, description="learning rate at the end, as a fraction of lr")
+    batch_tokens: Count = Field(default=4096, description="tokens per optimizer step")
+    micro_batch_tokens: Count | None = Field(
+        default=None,
+        description="tokens per forward pass; less needs less memory and gives the same gradient; null: batch_tokens",
+    )
+    weight_decay: float = Field(default=0.0, ge=0, description="AdamW's decoupled weight decay")
+    beta1: float = Field(default=0.9, ge=0, lt=1, description="AdamW's decay of the mean gradient")
+    beta2: float = Field(default=0.999, ge=0, lt=1, description="AdamW's decay of the mean squared gradient")
+    epsilon: Positive = Field(default=1e-8, description="AdamW's term against division by zero")
+    clip: Positive = Field(default=1.0, description="largest norm of the gradient of a step")
+    activation_checkpointing: bool = Field(
+        default=False, description="compute activations twice instead of keeping them: less memory, slower"
+    )
+    eval_every: Count = Field(default=50, description="optimizer steps between evaluations")
+    save_every: Count = Field(default=50, description="optimizer steps between checkpoints")
+    keep_checkpoints: Count = Field(default=2, description="newest checkpoints kept; the best one always stays")
+    early_stopping: Count | None = Field(
+        default=None, description="stop after this many evaluations without improvement; null: never"
+    )
+    on_nan: Literal["stop", "skip"] = Field(
+        default="stop", description="a loss that is not finite: stop with exit code 5, or skip the step"
+    )
+    seed: int = Field(
+        default=0, ge=0, lt=2**32, description="seed of everything random: order, initial adapter, dropout"
+    )
+    threads: Annotated[int, Field(ge=1, le=4096)] | None = Field(
+        default=None, description="CPU threads; null: as many as torch chooses"
+    )
+    log_every: Count = Field(default=1, description="optimizer steps between log lines")
+
+
+class EvalConfig(_Section):
+    """How `lorica eval` and the report measure."""
+
+    max_new_tokens: Count = Field(default=64, description="longest generated answer, in tokens")
+    batch_size: Count = Field(default=16, description="prompts generated at once")
+    max_samples: Count = Field(default=200, description="most evaluation rows to generate answers for")
+    generate: bool = Field(default=True, description="generate answers and score them, besides loss and perplexity")
+
+
+class RunConfig(_Section):
+    """A whole run, from `load_config` or from Python: `RunConfig(model=ModelConfig(base=...), data=DataConfig(...))`.
+
+    In Python a fault raises pydantic's `ValidationError` (a `ValueError`).
+    """
+
+    model: ModelConfig
+    method: MethodConfig = MethodConfig()
+    data: DataConfig
+    train: TrainConfig = TrainConfig()
+    eval: EvalConfig = EvalConfig()
+
+    @model_validator(mode="after")
+    def _values_agree(self) -> Self:
+        faults = _disagreements({f"{name}.{key}": value for name in SECTIONS for key, value in getattr(self, name)})
+        if faults:
+            raise ValueError("; ".join(f"{keys[0]}: {reason}" for keys, reason in faults))
+        return self
+
+
+SECTIONS: Mapping[str, type[_Section]] = {
+    "model": ModelConfig,
+    "method": MethodConfig,
+    "data": DataConfig,
+    "train": TrainConfig,
+    "eval": EvalConfig,
+}
+_KEYS = {name: list(section.model_fields) for name, section in SECTIONS.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Described:
+    """One row of `lorica config show`."""
+
+    key: str
+    value: Any
+    origin: str
+    description: str
+
+
+@dataclass(frozen=True, slots=True)
+class Resolved:
+    """A configuration and where each value came from: "run.yaml:7", "command line" or "default", by dotted key."""
+
+    config: RunConfig
+    origin: dict[str, str]
+
+    def dump_yaml(self) -> str:
+        """Every field as YAML that `load_config` reads back to the same configuration; comments give the origins."""
+        return dump_yaml(self.config, self.origin)
+
+    def describe(self) -> list[Described]:
+        """All fields in the order of the sections."""
+        return [
+            Described(
+                f"{name}.{key}",
+                getattr(getattr(self.config, name), key),
+                self.origin[f"{name}.{key}"],
+                info.description or "",
+            )
+            for name, section in SECTIONS.items()
+            for key, info in section.model_fields.items()
+        ]
+
+
+def dump_yaml(config: RunConfig, origin: Mapping[str, str] | None = None) -> str:
+    """Every field of `config` as YAML; with `origin`, values that are no defaults say where they came from."""
+    lines = []
+    for name in SECTIONS:
+        lines.append(f"{name}:")
+        for key, value in getattr(config, name):
+            source = (origin or {}).get(f"{name}.{key}", _DEFAULT)
+            # The comment is for readers; JSON's escapes keep a file name from ending the line.
+            comment = "" if source == _DEFAULT else f"  # {dump_value(source)}"
+            lines.append(f"  {key}: {dump_value(value)}{comment}")
+    return "\n".join(lines) + "\n"
+
+
+def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Resolved:
+    """Read run.yaml and apply `section.key=value` overrides; of two overrides of one key the later wins.
+
+    `path` may be a run folder, whose config.yaml is read, or None for overrides alone. Raises `ConfigError` with every
+    fault, those of the file sorted by line, those of the command line last.
+    """
+    file = Path(path) if path is not None else None
+    if file is not None and (file / "config.yaml").is_file():
+        file = file / "config.yaml"
+    document = _read(file)
+    faults = [*document.faults, *_shape_faults(document)]
+    tree = _known_keys(document.value)
+    faults += _apply_overrides(tree, overrides, document.lines)
+    config, value_faults = _validate(tree, faults, document.lines)
+    faults = sorted([*faults, *value_faults], key=lambda fault: fault.line)
+    if faults or config is None:
+        more = [f"... and {len(faults) - _MAX_SHOWN} more"] if len(faults) > _MAX_SHOWN else []
+        messages = [f"{_where(file, fault.line)}: {_message(fault)}" for fault in faults[:_MAX_SHOWN]]
+        raise ConfigError("\n".join(messages + more))
+    keys = [(name, key) for name, section in SECTIONS.items() for key in section.model_fields]
+    origin = {
+        dotted(place): _where(file, document.lines[place]) if place in document.lines else _DEFAULT for place in keys
+    }
+    return Resolved(config, origin)
+
+
+def _read(file: Path | None) -> Document:
+    if file is None:
+        return Document()
+    text = read_text(file)
+    if isinstance(text, str):
+        return parse(text)
+    next_step = "" if file.exists() else "; `lorica init` writes one"
+    raise ConfigError(f"{_where(file, text.line)}: {text.reason}{next_step}")
+
+
+def _where(file: Path | None, line: int) -> str:
+    if line == _OVERRIDE or file is None:
+        return "command line"
+    return f"{file}:{line}" if line else str(file)
+
+
+def _message(fault: Fault) -> str:
+    return f"{fault.key}: {fault.reason}" if fault.key else fault.reason
+
+
+def _shape_faults(document: Document) -> list[Fault]:
+    """Faults of the outer form: what is no mapping, and sections and keys that do not exist."""
+    value, lines = document.value, document.lines
+    if value is None:
+        return []
+    if not isinstance(value, dict):
+        expected = f"must hold the sections {', '.join(SECTIONS)}"
+        return [] if document.faults else [Fault(lines[()], "", f"{expected}, got {show(value)}")]
+    faults = []
+    for name, section in value.items():
+        if name not in SECTIONS:
+            faults.append(Fault(lines[(name,)], name, f"unknown section{hint(_KEYS, '', name)}"))
+        elif isinstance(section, dict):
+            unknown = [key for key in section if key not in _KEYS[name]]
+            faults += [Fault(lines[name, key], f"{name}.{key}", _unknown(name, key)) for key in unknown]
+        elif section is not None:
+            faults.append(Fault(lines[(name,)], name, f"must be a section of keys, got {show(section)}"))
+    return faults
+
+
+def _unknown(section: str, key: str) -> str:
+    return f"unknown key{hint(_KEYS, section, key)}"
+
+
+def _known_keys(value: Any) -> dict[str, dict[str, Any]]:
+    """What remains without the faults of `_shape_faults`."""
+    sections = value if isinstance(value, dict) else {}
+    return {
+        name: {key: item for key, item in section.items() if key in _KEYS[name]}
+        for name, section in sections.items()
+        if name in SECTIONS and isinstance(section, dict)
+    }
+
+
+def _apply_overrides(
+    tree: dict[str, dict[str, Any]], overrides: Sequence[str], lines: dict[KeyPath, int]
+) -> list[Fault]:
+    """Put overrides into `tree` and note them in `lines`; a mapping field takes a key of its own after a dot."""
+    faults: list[Fault] = []
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        key = key.strip()
+        name, _, rest = key.partition(".")
+        field, _, inner = rest.partition(".")
+        if problem := _override_problem(override, name, field, inner) if equals else _NO_OVERRIDE.format(override):
+            faults.append(Fault(_OVERRIDE, key if equals else "", problem))
+            continue
+        value, value_faults = _override_value(text)
+        faults += [Fault(_OVERRIDE, key, fault.reason) for fault in value_faults]
+        section = tree.setdefault(name, {})
+        before = section.get(field)
+        section[field] = {**(before if isinstance(before, dict) else {}), inner: value} if inner else value
+        for place in [place for place in lines if place[:2] == (name, field)]:
+            del lines[place]
+        lines[name, field] = _OVERRIDE
+    return faults
+
+
+def _override_problem(override: str, name: str, field: str, inner: str) -> str | None:
+    if name not in SECTIONS:
+        return f"unknown key{hint(_KEYS, '', field or name)}"
+    if not field:
+        return f"is a section; name a key in it, as in {name}.{_KEYS[name][0]}=..."
+    if field not in _KEYS[name]:
+        return _unknown(name, field)
+    if inner and not isinstance(SECTIONS[name].model_fields[field].default, dict):
+        return f"unknown key; {name}.{field} is a single value"
+    return None
+
+
+def _override_value(text: str) -> tuple[Any, list[Fault]]:
+    """What stands after the `=`: by the file's rules, but unquoted text is taken whole, with its `#` and `: `."""
+    text = text.strip()
+    if text.startswith(tuple("[{\"'!&*|>@`%")):
+        document = parse(text)
+        return document.value, document.faults
+    try:
+        return resolve_scalar(text), []
+    except ValueError as error:
+        return None, [Fault(_OVERRIDE, "", str(error))]
+
+
+def _validate(
+    tree: Mapping[str, Mapping[str, Any]], known_faults: Sequence[Fault], lines: Mapping[KeyPath, int]
+) -> tuple[RunConfig | None, list[Fault]]:
+    """The configuration (None if anything is at fault) and the faults that do not follow from `known_faults`."""
+    faults: list[Fault] = []
+    sound: dict[str, Any] = {}
+    for name, section in SECTIONS.items():
+        given = tree.get(name, {})
+        unsound = set()
+        try:
+            section.model_validate(given)
+        except ValidationError as error:
+            for detail in error.errors(include_url=False):
+                place, key = (name, *detail["loc"]), str(detail["loc"][0])
+                unsound.add(key)
+                what = reason(dict(detail), section.model_fields[key].annotation)
+                faults.append(Fault(_nearest_line(place, lines), dotted(place), what))
+        values = {key: given.get(key, section.model_fields[key].default) for key in _KEYS[name]}
+        sound |= {f"{name}.{key}": value for key, value in values.items() if key not in unsound}
+    faults = [fault for fault in faults if not any(_follows(fault, known) for known in known_faults)]
+    for keys, what in _disagreements(sound):
+        places = [tuple(key.split(".")) for key in keys]
+        place = next((place for place in places if place in lines), places[0])
+        faults.append(Fault(_nearest_line(place, lines), dotted(place), what))
+    if faults or known_faults:
+        return None, faults
+    return RunConfig.model_validate({name: tree.get(name, {}) for name in SECTIONS}), []
+
+
+def _follows(fault: Fault, known: Fault) -> bool:
+    """Whether a value's fault only follows from a known one: of the file, of its section, its own, or an item's."""
+    in_file = known.line != _OVERRIDE
+    return (
+        (in_file and not known.key)
+        or (in_file and known.key in SECTIONS and fault.key.startswith(f"{known.key}."))
+        or fault.key == known.key.partition("[")[0]
+    )
+
+
+def _nearest_line(place: KeyPath, lines: Mapping[KeyPath, int]) -> int:
+    """The line of a key, or of what it should stand in, or 0."""
+    return next((lines[place[:n]] for n in range(len(place), 0, -1) if place[:n] in lines), 0)
+
+
+def _disagreements(values: Mapping[str, Any]) -> list[tuple[tuple[str, ...], str]]:
+    """Values that are fine alone and not together, as (keys, reason). Absent values are at fault already: skipped."""
+    faults: list[tuple[tuple[str, ...], str]] = []
+    missing = object()
+
+    def check(keys: tuple[str, ...], problem: Callable[..., str | None]) -> None:
+        given = [values.get(key, missing) for key in keys]
+        if missing not in given and (what := problem(*given)):
+            faults.append((keys, what))
+
+    check(("train.micro_batch_tokens", "train.batch_tokens"), _micro_batch_problem)
+    check(("data.max_length", "train.micro_batch_tokens", "train.batch_tokens"), _length_problem)
+    check(("train.warmup", "train.max_steps"), _warmup_problem)
+    check(("train.early_stopping", "data.eval"), _early_stopping_problem)
+    return faults
+
+
+def _micro_batch_problem(micro: int | None, batch: int) -> str | None:
+    if micro is None or micro <= batch:
+        return None
+    return f"{micro} tokens per forward pass are more than the {batch} of a whole step (train.batch_tokens)"
+
+
+def _length_problem(longest: int, micro: int | None, batch: int) -> str | None:
+    name, budget = ("train.batch_tokens", batch) if micro is None else ("train.micro_batch_tokens", micro)
+    if longest <= budget:
+        return None
+    return (
+        f"samples of data.max_length = {longest} tokens do not fit into {name} = {budget}; lower one or raise the other"
+    )
+
+
+def _warmup_problem(warmup: float, max_steps: int | None) -> str | None:
+    if max_steps is None or warmup < 1 or warmup <= max_steps:
+        return None
+    return f"{warmup:g} warm-up steps are more than train.max_steps = {max_steps}"
+
+
+def _early_stopping_problem(patience: int | None, evaluation: float | str | None) -> str | None:
+    if patience is None or evaluation is not None:
+        return None
+    return "counts evaluations, and data.eval = null leaves none; give data.eval, or null here"

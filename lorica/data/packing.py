@@ -1,0 +1,111 @@
+"""Samples to batches: packed into one row without padding, or padded on the right.
+
+A packed batch is one row [1, T] in which `cu_seqlens` says where samples begin and `position_ids` restart; attention
+that reads `cu_seqlens` cannot cross from one sample to the next, so nothing is spent on padding. A padded batch [B,
+T] is for models whose attention does not read it. Targets are shifted inside each sample here, once: the loss never
+predicts a sample's first token from its neighbour's last.
+
+B: rows, T: tokens in a row, n: samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lorica.data.tokenized import IGNORE, Int64, TokenizedDataset
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one forward pass reads.
+
+    input_ids, targets, position_ids: [B, T] int64. `targets[b, t]` is the token to predict at t, -100 where none is.
+    Packed: `cu_seqlens` [n + 1] int32 and B = 1. Padded: `attention_mask` [B, T] int64 (1 = real) and B = n.
+    max_length: tokens of the longest sample. num_tokens: real tokens. num_targets: targets that are not -100.
+    """
+
+    input_ids: Tensor
+    targets: Tensor
+    position_ids: Tensor
+    cu_seqlens: Tensor | None
+    attention_mask: Tensor | None
+    max_length: int
+    num_samples: int
+    num_tokens: int
+    num_targets: int
+
+    def model_inputs(self) -> dict[str, Tensor | int]:
+        """Keyword arguments for the model's forward, by transformers' names."""
+        inputs: dict[str, Tensor | int] = {"input_ids": self.input_ids, "position_ids": self.position_ids}
+        if self.cu_seqlens is not None:
+            inputs |= {"cu_seq_lens_q": self.cu_seqlens, "cu_seq_lens_k": self.cu_seqlens}
+            inputs |= {"max_length_q": self.max_length, "max_length_k": self.max_length}
+        if self.attention_mask is not None:
+            inputs["attention_mask"] = self.attention_mask
+        return inputs
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch with its tensors on `device`."""
+        moved = {
+            name: tensor.to(device, non_blocking=True)
+            for name in ("input_ids", "targets", "position_ids", "cu_seqlens", "attention_mask")
+            if (tensor := getattr(self, name)) is not None
+        }
+        return replace(self, **moved)
+
+
+def pack(dataset: TokenizedDataset, indices: Sequence[int] | Int64) -> Batch:
+    """One row [1, T] that holds the samples at `indices` behind one another, T being their summed length."""
+    input_ids, targets, position_ids, offsets = _flat(dataset, indices)
+    return Batch(
+        input_ids=torch.from_numpy(input_ids)[None],
+        targets=torch.from_numpy(targets)[None],
+        position_ids=torch.from_numpy(position_ids)[None],
+        cu_seqlens=torch.from_numpy(offsets.astype(np.int32)),
+        attention_mask=None,
+        max_length=int(np.diff(offsets).max()),
+        num_samples=len(offsets) - 1,
+        num_tokens=len(input_ids),
+        num_targets=int((targets != IGNORE).sum()),
+    )
+
+
+def pad(dataset: TokenizedDataset, indices: Sequence[int] | Int64, pad_id: int) -> Batch:
+    """Rows [n, T] of the samples at `indices`, filled with `pad_id` on the right to the longest, T."""
+    flat_ids, flat_targets, flat_positions, offsets = _flat(dataset, indices)
+    lengths = np.diff(offsets)
+    shape = (len(lengths), int(lengths.max()))
+    real = np.arange(shape[1]) < lengths[:, None]
+    input_ids, targets = np.full(shape, pad_id, np.int64), np.full(shape, IGNORE, np.int64)
+    position_ids = np.zeros(shape, np.int64)
+    input_ids[real], targets[real], position_ids[real] = flat_ids, flat_targets, flat_positions
+    return Batch(
+        input_ids=torch.from_numpy(input_ids),
+        targets=torch.from_numpy(targets),
+        position_ids=torch.from_numpy(position_ids),
+        cu_seqlens=None,
+        attention_mask=torch.from_numpy(real.astype(np.int64)),
+        max_length=shape[1],
+        num_samples=shape[0],
+        num_tokens=len(flat_ids),
+        num_targets=int((flat_targets != IGNORE).sum()),
+    )
+
+
+def _flat(dataset: TokenizedDataset, indices: Sequence[int] | Int64) -> tuple[Int64, Int64, Int64, Int64]:
+    """(input_ids, shifted targets, position_ids), each [T] int64, and the samples' offsets [n + 1]."""
+    indices = np.asarray(indices, np.int64)
+    assert len(indices) > 0, "a batch needs at least one sample"
+    flat, offsets = dataset.gather(indices)
+    lengths = np.diff(offsets)
+    assert lengths.min() > 0, "a sample of a batch is never empty"
+    targets = np.full(len(flat), IGNORE, np.int64)
+    targets[:-1] = dataset.labels[flat[1:]]
+    targets[offsets[1:] - 1] = IGNORE
+    position_ids = np.arange(len(flat), dtype=np.int64) - np.repeat(offsets[:-1], lengths)
+    return dataset.input_ids[flat].astype(np.int64), targets, position_ids, offsets

@@ -1,0 +1,1 @@
+"""Formats of other projects, read and written without them."""

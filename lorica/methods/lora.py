@@ -1,0 +1,171 @@
+"""LoRA: a frozen weight plus a trained low-rank update (Hu et al. 2021, arXiv 2106.09685).
+
+    y = W x + b + s B A x,    A [rank, in],  B [out, rank],  s = alpha / rank   (rsLoRA: alpha / sqrt(rank))
+
+A and B are float32 masters and the product runs in the input's dtype, so a bfloat16 base trains without float32 matrix
+products and without losing small updates. The update is added inside the second matrix product (`addmm`), which saves one
+pass over y. Dropout acts on x, on the adapter's branch only.
+
+What it gives up: nothing is fused across projections that read the same x, and merging needs the base's dense weight.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
+
+from lorica.errors import ConfigError
+from lorica.methods import inits
+from lorica.methods.method import Adapter, MethodOptions, unsupported_kind
+
+
+@dataclass(frozen=True)
+class LoRA(MethodOptions):
+    """Options of LoRA.
+
+    Attributes:
+        rank: rank of the update.
+        alpha: the update is scaled by alpha / rank.
+        dropout: probability of dropping an input feature on the adapter's branch.
+        rslora: scale by alpha / sqrt(rank) instead (Kalajdzievski 2023, arXiv 2312.03732).
+        init: `kaiming` or `gaussian` (see `inits.py`); both leave the output unchanged at the start.
+        rank_pattern: other ranks for the modules that match a pattern (as in `targets`); the first match counts.
+        alpha_pattern: other alphas, likewise.
+    """
+
+    linear_kinds: ClassVar[tuple[type[nn.Module], ...]] = (nn.Linear, Conv1D)
+    other_kinds: ClassVar[tuple[type[nn.Module], ...]] = (nn.Embedding,)
+
+    rank: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.0
+    rslora: bool = False
+    init: str = "kaiming"
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        faults = []
+        for rank in (self.rank, *self.rank_pattern.values()):
+            if rank < 1:
+                faults.append(f"rank is {rank}; it must be at least 1")
+        for alpha in (self.alpha, *self.alpha_pattern.values()):
+            if not (math.isfinite(alpha) and alpha > 0):
+                faults.append(f"alpha is {alpha}; it must be a positive number")
+        if not 0.0 <= self.dropout < 1.0:
+            faults.append(f"dropout is {self.dropout}; it must be at least 0 and below 1")
+        if self.init not in inits.INITS:
+            faults.append(f"init is {self.init!r}; expected one of {', '.join(inits.INITS)}")
+        if faults:
+            raise ConfigError("LoRA: " + "; ".join(faults) + ".")
+
+    def rank_and_scale(self, name: str) -> tuple[int, float]:
+        """Rank and scale s of the module at `name`."""
+        rank = int(_by_pattern(self.rank_pattern, name, self.rank))
+        alpha = _by_pattern(self.alpha_pattern, name, self.alpha)
+        return rank, alpha / (math.sqrt(rank) if self.rslora else rank)
+
+    def wrap(self, module: nn.Module, name: str) -> Adapter:
+        rank, scale = self.rank_and_scale(name)
+        if isinstance(module, nn.Embedding):
+            return LoraEmbedding(module, self, rank, scale)
+        if isinstance(module, nn.Linear | Conv1D):
+            return LoraLinear(module, self, rank, scale)
+        raise unsupported_kind(module, name, "lora")
+
+
+def _by_pattern(patterns: Mapping[str, Any], name: str, default: float) -> float:
+    return next((v for k, v in patterns.items() if re.fullmatch(rf"(.*\.)?({k})", name)), default)
+
+
+def add_low_rank(y: Tensor, h: Tensor, lora_b: Tensor, scale: float) -> Tensor:
+    """y + scale * h B^T: y [..., out], h [..., k], lora_b [out, k] in one product.
+
+    The low-rank family shares this line: LoRA with h = A x, HydraLoRA with h = g (x) A x and its heads' B side by side.
+    """
+    rows = torch.addmm(y.flatten(0, -2), h.flatten(0, -2), lora_b.to(y.dtype).t(), alpha=scale)
+    return rows.view_as(y)
+
+
+class LoraAdapter(Adapter):
+    """A module with a low-rank pair; what Linear and Embedding share.
+
+    `lora_a` [rank, in] and `lora_b` [out, rank] are float32 parameters on the base weight's device.
+    """
+
+    def __init__(self, base: nn.Module, options: LoRA, scale: float, in_size: int, out_size: int, rank: int) -> None:
+        super().__init__(base, options)
+        device = self.weight.device
+        self.scale = scale
+        self.lora_a = nn.Parameter(torch.empty(rank, in_size, device=device, dtype=torch.float32))
+        self.lora_b = nn.Parameter(torch.empty(out_size, rank, device=device, dtype=torch.float32))
+
+    @property
+    def rank(self) -> int:
+        return self.lora_a.shape[0]
+
+    def delta_weight(self) -> Tensor:
+        """s B A in float32, [out, in]."""
+        return self.scale * (self.lora_b.detach() @ self.lora_a.detach())
+
+    def _with_weight(self, delta: Tensor) -> nn.Module:
+        # A shallow copy keeps the base's type, bias and attributes, whatever subclass it is.
+        plain = copy.copy(self.base)
+        plain._parameters = dict(self.base._parameters)
+        weight = (self.weight.detach().float() + delta).to(self.weight.dtype)
+        plain.weight = nn.Parameter(weight, requires_grad=False)
+        return plain
+
+    def extra_repr(self) -> str:
+        return f"rank={self.rank}, scale={self.scale:g}"
+
+
+class LoraLinear(LoraAdapter):
+    """LoRA on nn.Linear, and on transformers' Conv1D, whose weight is stored transposed."""
+
+    def __init__(self, base: nn.Linear | Conv1D, options: LoRA, rank: int, scale: float) -> None:
+        self.transposed = isinstance(base, Conv1D)
+        in_size, out_size = base.weight.shape if self.transposed else reversed(base.weight.shape)
+        super().__init__(base, options, scale, in_size, out_size, rank)
+        inits.INITS[options.init](self.lora_a, self.lora_b)
+        self.dropout = options.dropout
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.base(x)
+        h = F.linear(F.dropout(x, self.dropout, self.training), self.lora_a.to(x.dtype))
+        return add_low_rank(y, h, self.lora_b, self.scale)
+
+    def merged(self) -> nn.Module:
+        delta = self.delta_weight()
+        return self._with_weight(delta.t() if self.transposed else delta)
+
+
+class LoraEmbedding(LoraAdapter):
+    """LoRA on nn.Embedding: `lora_a` [rank, vocabulary] is looked up by column, `lora_b` is [dim, rank]."""
+
+    def __init__(self, base: nn.Embedding, options: LoRA, rank: int, scale: float) -> None:
+        super().__init__(base, options, scale, base.num_embeddings, base.embedding_dim, rank)
+        inits.embedding(self.lora_a, self.lora_b)
+        # Gemma's embedding multiplies what it looks up; the update passes through the same factor.
+        self.output_scale = getattr(base, "embed_scale", 1.0)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        y: Tensor = self.base(ids)
+        h = F.embedding(ids, self.lora_a.t(), padding_idx=self.base.padding_idx)  # type: ignore[arg-type]
+        scale = float(self.scale * self.output_scale)
+        return add_low_rank(y, h.to(y.dtype), self.lora_b, scale)
+
+    def merged(self) -> nn.Module:
+        return self._with_weight(self.delta_weight().t())
+
+
+OPTIONS = LoRA

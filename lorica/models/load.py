@@ -1,0 +1,196 @@
+"""Loading a base: any folder in Hugging Face format, any hub id, or the model embedded in the package.
+
+Safe and quiet on purpose: a local folder never touches the network, weights come from safetensors only (no pickle), and no
+code from a model folder is ever run. Our attention is set where the architecture allows it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as transformers_logging
+
+from lorica.assets import embedded_base
+from lorica.errors import ModelError
+from lorica.files import read_json_object
+from lorica.models import attention
+
+EMBEDDED = "embedded"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+# Where bfloat16 is emulated it is slower than float32 and saves only memory.
+_FALLBACK_DTYPE = torch.float32
+
+
+def load_model(
+    base: str | Path,
+    *,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+    revision: str | None = None,
+) -> PreTrainedModel:
+    """Load a causal language model, frozen nowhere and adapted nowhere, in evaluation mode.
+
+    Args:
+        base: a folder in Hugging Face format, a hub id, or `"embedded"`.
+        dtype: a torch dtype or its name. None or `"auto"`: the checkpoint's own, but float32 on a CPU that would emulate
+            a 16-bit type.
+        device: None or `"auto"`: CUDA if there is one, else the CPU.
+        revision: of a hub id.
+
+    Raises:
+        ModelError: the folder is missing or damaged, holds pickled weights only, or asks for code of its own.
+    """
+    attention.register()
+    config = load_config(base, revision=revision)
+    place = pick_device(device)
+    transformers_logging.disable_progress_bar()
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            _name(base),
+            config=config,
+            dtype=pick_dtype(dtype, config, place),
+            use_safetensors=True,
+            **_where(base, revision),
+        )
+    except Exception as error:
+        # from_pretrained raises whatever its many parts raise; every one of them means that this base cannot be used.
+        raise ModelError(f"{base}: the model cannot be loaded. {type(error).__name__}: {error}") from error
+    if model._can_set_attn_implementation():
+        model.set_attn_implementation(attention.NAME)
+    return model.to(place).eval()  # type: ignore[arg-type]
+
+
+def load_tokenizer(base: str | Path, *, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """The base's tokenizer.
+
+    Raises:
+        ModelError: there is none, or it asks for code of its own.
+    """
+    _check_folder(base)
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(_name(base), **_where(base, revision))
+    except Exception as error:
+        # As above: any failure means that the folder holds no tokenizer that can be used.
+        raise ModelError(f"{base}: the tokenizer cannot be loaded. {type(error).__name__}: {error}") from error
+    return tokenizer
+
+
+def load_config(base: str | Path, *, revision: str | None = None) -> PretrainedConfig:
+    """The base's configuration; no weights are read.
+
+    Raises:
+        ModelError: the folder is missing, or asks for code of its own.
+    """
+    _check_folder(base)
+    try:
+        config: PretrainedConfig = AutoConfig.from_pretrained(_name(base), **_where(base, revision))
+    except Exception as error:
+        # As above.
+        raise ModelError(f"{base}: config.json cannot be used. {type(error).__name__}: {error}") from error
+    return config
+
+
+def pick_device(device: torch.device | str | None) -> torch.device:
+    """The device asked for; CUDA if there is one, else the CPU, for None and `"auto"`."""
+    if device in (None, "auto"):
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(device)
+
+
+def pick_dtype(dtype: torch.dtype | str | None, config: PretrainedConfig, device: torch.device) -> torch.dtype:
+    """The dtype asked for; for None and `"auto"` the checkpoint's own where the device computes in it."""
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype not in (None, "auto"):
+        if dtype not in DTYPES:
+            raise ModelError(f"dtype {dtype!r} is not known; expected auto, {', '.join(DTYPES)}.")
+        return DTYPES[dtype]
+    own = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+    if device.type == "cpu" and own is not torch.float32 and not _cpu_computes(own):
+        return _FALLBACK_DTYPE
+    return own
+
+
+def _cpu_computes(dtype: torch.dtype) -> bool:
+    if dtype is torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+
+
+def base_fingerprint(model: nn.Module) -> str:
+    """A short hash that tells one base's weights from another's: 64 hexadecimal digits.
+
+    It covers the name and shape of every frozen tensor of the base and up to 64 values of each, spread over it, rounded to
+    bfloat16, so the same checkpoint gives the same fingerprint whichever dtype it is loaded in, adapted or not.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(_base_tensors(model).items()):
+        digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
+        flat = tensor.detach().reshape(-1)
+        sample = flat[:: max(1, flat.numel() // 64)][:64]
+        digest.update(sample.to(torch.bfloat16).cpu().view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _base_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    # An adapter holds the module it wraps as `base`, and what it adds is float32 beside it.
+    wrapped = {name for name, module in model.named_modules() if "base" in module._modules and name}
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        owner = next((w for w in wrapped if name.startswith(f"{w}.")), None)
+        if owner is None:
+            tensors[name] = parameter
+        elif name.startswith(f"{owner}.base."):
+            tensors[f"{owner}.{name[len(owner) + 6:]}"] = parameter
+    return tensors
+
+
+def _name(base: str | Path) -> str:
+    return str(embedded_base()) if str(base) == EMBEDDED else str(base)
+
+
+def _where(base: str | Path, revision: str | None) -> dict[str, Any]:
+    local = Path(_name(base)).is_dir()
+    return {"local_files_only": local, "revision": None if local else revision, "trust_remote_code": False}
+
+
+def _check_folder(base: str | Path) -> None:
+    """Refuse, before anything is loaded, what would need a network, a pickle or foreign code."""
+    folder = Path(_name(base))
+    if not folder.is_dir():
+        looks_like_path = str(base).startswith((".", "/", "~")) or str(base).count("/") > 1 or folder.exists()
+        if looks_like_path:
+            raise ModelError(f"{base}: there is no such folder. Expected a folder in Hugging Face format or a hub id.")
+        return
+    config = folder / "config.json"
+    if not config.is_file():
+        raise ModelError(f"{folder}: there is no config.json. Expected a folder in Hugging Face format.")
+    for file in (config, folder / "tokenizer_config.json"):
+        if file.is_file() and "auto_map" in _json_object(file):
+            raise ModelError(f"{file}: auto_map asks to run code from the model's folder, which Lorica never does.")
+    weights = {path.suffix for path in folder.iterdir()}
+    if weights & {".bin", ".pt", ".pth"} and ".safetensors" not in weights:
+        raise ModelError(
+            f"{folder}: the weights are pickled (.bin, .pt), and loading a pickle can run code. "
+            "Convert them to safetensors first."
+        )
+
+
+def _json_object(file: Path) -> dict[str, Any]:
+    try:
+        return read_json_object(file)
+    except (OSError, ValueError) as error:
+        raise ModelError(str(error)) from None

@@ -1,0 +1,187 @@
+"""Next-token cross-entropy that never makes the [tokens, vocabulary] logits.
+
+The model runs up to its last hidden states; only the positions that are trained go through the output head, a few hundred
+at a time, and each chunk's gradient is taken on the spot, so what survives a chunk is one gradient of the hidden states
+(Cut Cross-Entropy, arXiv 2411.09009, and Liger, arXiv 2410.10989, keep as little; theirs are CUDA kernels). With a
+vocabulary of 49,152 and 2,048 tokens that replaces 400 MB of float32 logits, and as much again for their gradient, by
+one chunk of 64 MB.
+
+What a model does to its logits after the head (scaling, soft-capping) is checked, not trusted: `make_loss` compares with
+the model's own logits once, on a few tokens. Where nothing matches, the model computes its logits itself, at the
+trained positions only.
+
+What it gives up: evaluation and training make their logits twice if both are asked for.
+
+Shapes: N trained positions, E hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+IGNORED = -100
+_CHUNK_BYTES = 1 << 26
+
+LossFunction = Callable[[PreTrainedModel, Mapping[str, Any], Tensor], Tensor]
+"""(model, keywords for the model, targets [B, T] on the CPU) -> sum of the token losses, a float32 scalar.
+
+`targets[b, t]` is the token to predict at position t, or -100 where nothing is trained.
+"""
+
+
+def make_loss(model: PreTrainedModel) -> LossFunction:
+    """The loss for `model`: from its hidden states where that provably equals its own logits, else from its logits."""
+    head = model.get_output_embeddings()
+    if head is None:
+        return logits_loss
+    if next(model.parameters()).device.type == "meta" or _is_fake(model):
+        return _hidden_states_loss(_post_processing(model)[0])
+    for after in _post_processing(model):
+        if _agrees(model, after):
+            return _hidden_states_loss(after)
+    return logits_loss
+
+
+def _hidden_states_loss(after: Callable[[Tensor], Tensor]) -> LossFunction:
+    def loss(model: PreTrainedModel, inputs: Mapping[str, Any], targets: Tensor) -> Tensor:
+        hidden = model.base_model(**inputs, use_cache=False).last_hidden_state
+        positions, wanted = _trained_positions(targets, hidden.device)
+        return chunked_cross_entropy(hidden.flatten(0, 1)[positions], wanted, _head(model), after)
+
+    return loss
+
+
+def logits_loss(model: PreTrainedModel, inputs: Mapping[str, Any], targets: Tensor) -> Tensor:
+    """The loss by the model's own forward, with logits at the trained positions only where B is 1."""
+    device = model.device
+    positions, wanted = _trained_positions(targets, device)
+    keep = {"logits_to_keep": positions} if targets.shape[0] == 1 else {}
+    logits = model(**inputs, use_cache=False, **keep).logits
+    rows = logits[0] if keep and logits.shape[1] == len(positions) else logits.flatten(0, 1)[positions]
+    return F.cross_entropy(rows.float(), wanted, reduction="sum")
+
+
+def chunked_cross_entropy(
+    hidden: Tensor, targets: Tensor, head: nn.Module, after: Callable[[Tensor], Tensor] | None = None
+) -> Tensor:
+    """Sum of -log softmax(after(head(hidden)))[target] over the rows.
+
+    Args:
+        hidden: [N, E], any float dtype.
+        targets: [N] int64, each in [0, V).
+        head: gives [n, V] from [n, E]; an adapter or a trainable layer is trained along.
+        after: what the model does to its logits, or None.
+
+    Returns:
+        float32 scalar; zero for N = 0. The gradient reaches `hidden` and the head's trainable parameters.
+    """
+    whole = head if after is None else lambda rows: after(head(rows))
+    vocabulary = getattr(head, "out_features", None) or head.weight.shape[0]  # type: ignore[union-attr]
+    chunk = max(16, _CHUNK_BYTES // (8 * int(vocabulary)))
+    parameters = [p for p in head.parameters() if p.requires_grad]
+    return cast(Tensor, _ChunkedCrossEntropy.apply(hidden, targets, whole, chunk, *parameters))
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """Forward computes the gradient as well: a chunk's logits exist once, and backward only scales."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, targets: Tensor, head: Callable[[Tensor], Tensor], chunk: int, *parameters: Tensor) -> Tensor:
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        wants_hidden = ctx.needs_input_grad[0]
+        wants = wants_hidden or bool(parameters)
+        grad_hidden = torch.empty_like(hidden) if wants_hidden else None
+        grads = [torch.zeros_like(p) for p in parameters]
+        for begin in range(0, hidden.shape[0], chunk):
+            rows = hidden[begin : begin + chunk].detach().requires_grad_(wants_hidden)
+            with torch.set_grad_enabled(wants):
+                logits = head(rows)
+            loss, grad_logits = _softmax_cross_entropy(logits.detach(), targets[begin : begin + chunk], wants)
+            total += loss
+            if grad_logits is None:
+                continue
+            inputs = ([rows] if wants_hidden else []) + list(parameters)
+            found = list(torch.autograd.grad(logits, inputs, grad_logits))
+            if grad_hidden is not None:
+                grad_hidden[begin : begin + chunk] = found.pop(0)
+            for grad, part in zip(grads, found, strict=True):
+                grad += part
+        ctx.grads = (grad_hidden, *grads)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        grad_hidden, *grads = (None if g is None else g * grad_outputs[0].to(g.dtype) for g in ctx.grads)
+        return (grad_hidden, None, None, None, *grads)
+
+
+def _softmax_cross_entropy(logits: Tensor, targets: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
+    """Sum of losses, and softmax - onehot in the logits' dtype; the arithmetic is float32, in one buffer."""
+    rows = logits.to(torch.float32, copy=True)
+    log_sum = rows.logsumexp(-1, keepdim=True)
+    at = targets[:, None]
+    loss = (log_sum - rows.gather(1, at)).sum()
+    if not with_gradient:
+        return loss, None
+    rows.sub_(log_sum).exp_()
+    rows.scatter_add_(1, at, torch.full_like(at, -1, dtype=torch.float32))
+    return loss, rows.to(logits.dtype)
+
+
+def _head(model: PreTrainedModel) -> nn.Module:
+    return cast(nn.Module, model.get_output_embeddings())
+
+
+def _trained_positions(targets: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+    # On the CPU in numpy: no synchronisation with an accelerator, and nothing for a fake-tensor rehearsal to guess.
+    flat = targets.numpy().ravel()
+    positions = np.flatnonzero(flat != IGNORED)
+    return torch.from_numpy(positions).to(device), torch.from_numpy(flat[positions]).to(device)
+
+
+def _post_processing(model: PreTrainedModel) -> list[Callable[[Tensor], Tensor]]:
+    """What this model may do to its logits, the likeliest first: read off the config, to be checked by `_agrees`."""
+    config = model.config.get_text_config()
+    caps = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+    factors = ("logit_scale", "lm_head_multiplier", "logits_scaling")
+    cap = next((v for v in (getattr(config, key, None) for key in caps) if v), None)
+    factor = next((v for v in (getattr(config, key, None) for key in factors) if v), None)
+
+    def capped(logits: Tensor, factor: float = 1.0) -> Tensor:
+        logits = logits if factor == 1.0 else logits * factor
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    if factor is None:
+        return [capped]
+    return [lambda logits: capped(logits, factor), lambda logits: capped(logits, 1.0 / factor), capped]
+
+
+@torch.no_grad()
+def _agrees(model: PreTrainedModel, after: Callable[[Tensor], Tensor]) -> bool:
+    """Do hidden states, head and `after` give the model's own logits on seven tokens?"""
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    ids = torch.arange(7, device=model.device)[None] * 37 % vocabulary
+    training = model.training
+    model.eval()
+    try:
+        want = model(input_ids=ids, use_cache=False).logits.float()
+        hidden = getattr(model.base_model(input_ids=ids, use_cache=False), "last_hidden_state", None)
+        if hidden is None:
+            return False
+        got = after(_head(model)(hidden)).float()
+    finally:
+        model.train(training)
+    return got.shape == want.shape and torch.allclose(got, want, rtol=1e-3, atol=1e-3 * float(want.abs().max()))
+
+
+def _is_fake(model: nn.Module) -> bool:
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    return isinstance(next(model.parameters()), FakeTensor)

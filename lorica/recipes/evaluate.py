@@ -1,0 +1,324 @@
+"""`lorica eval`: how well a run's adapter does on held-out rows, beside its own base.
+
+The base is loaded once: it is measured plain, then the adapter is put on it and the same rows are measured again. Loss and
+perplexity are over every row; answers are generated greedily for up to `max_samples` of them, spread evenly over the data,
+and compared with all references of their row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lorica.config import RunConfig, load_config
+from lorica.data.render import Renderer, TokenizedDataset, load_dataset
+from lorica.data.rows import Example
+from lorica.errors import ConfigError, DataError
+from lorica.evaluate.generation import check_prompts, generate as generate_ids
+from lorica.evaluate.likelihood import likelihood, summarize
+from lorica.evaluate.text_metrics import score
+from lorica.files import write_json
+from lorica.interop.peft import load_adapter
+from lorica.models.attention import packing_support
+from lorica.models.loss import LossFunction, make_loss
+from lorica.recipes import console
+from lorica.recipes.opening import Source, find_source
+from lorica.recipes.preparing import prepare
+from lorica.recipes.train import evaluation_batches
+
+ALL = "all"
+SHOWN_SAMPLES = 3
+_SCORES = ("exact_match", "bleu", "rouge_l", "chrf")
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """Loss in nats a token; perplexity; exact match, BLEU, ROUGE-L and chrF from 0 to 100, None where nothing was generated."""
+
+    loss: float
+    perplexity: float
+    exact_match: float | None
+    bleu: float | None
+    rouge_l: float | None
+    chrf: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class TaskReport:
+    """One task's rows, or all of them. num_tokens: trained tokens that the loss is over."""
+
+    num_samples: int
+    num_tokens: int
+    num_generated: int
+    base: Scores | None
+    adapter: Scores
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One row and what was answered to it."""
+
+    origin: str
+    task: str | None
+    prompt: str
+    references: tuple[str, ...]
+    base: str | None
+    adapter: str
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluationReport:
+    """What an evaluation found. tasks: by task name, where the rows name tasks. samples: every generated answer."""
+
+    run: str
+    data: str
+    all: TaskReport
+    tasks: dict[str, TaskReport]
+    samples: list[Sample]
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """The rows to measure, and which of them to answer. groups: row indices by task, all of them under `ALL`."""
+
+    dataset: TokenizedDataset
+    examples: list[Example]
+    groups: dict[str, list[int]]
+    answered: list[int]
+    prompts: list[list[int]]
+    references: list[tuple[str, ...]]
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """One model's figures. totals: summed -ln p and trained tokens by task. answers: text by row index."""
+
+    totals: dict[str, tuple[float, int]]
+    answers: dict[int, str]
+
+
+def evaluate(
+    run: Path | str,
+    overrides: Sequence[str] = (),
+    *,
+    data: str | None = None,
+    split: str = "eval",
+    base: bool = True,
+    max_samples: int | None = None,
+    generate: bool | None = None,
+) -> EvaluationReport:
+    """Measure the adapter of `run`, print a table and a few answers, and write evaluation.json into the run folder.
+
+    Args:
+        overrides: `section.key=value`, on top of the run's config.yaml.
+        data: rows to measure on instead of the run's: what `data.eval` takes as a path.
+        split: `eval` or `train`: which of the run's own rows.
+        base: measure the base beside the adapter.
+        max_samples: most rows to answer; None: `eval.max_samples`.
+        generate: answer rows at all; None: `eval.generate`.
+
+    Raises:
+        ConfigError: `run` is no run folder, or it has no evaluation data.
+        DataError: the rows cannot be read, or a prompt does not fit into the model's context.
+    """
+    folder, source = _open_run(run, overrides)
+    config = source.config
+    assert config is not None and source.adapter is not None
+    wants_answers = config.eval.generate if generate is None else generate
+    limit = (config.eval.max_samples if max_samples is None else max_samples) if wants_answers else 0
+    name, dataset, examples, tokenizer, renderer = _load_rows(source, config, data, split)
+    rows = _choose(dataset, examples, renderer, limit)
+
+    model = source.load_base()
+    loss_fn = make_loss(model)
+    check_prompts(model, rows.prompts, config.eval.max_new_tokens, [examples[i].origin for i in rows.answered])
+    console.log(f"{len(dataset):,} rows of {name}; answers to {len(rows.answered):,} of them")
+    before = _measure(model, loss_fn, tokenizer, renderer, rows, config) if base else None
+    load_adapter(model, source.adapter).eval()
+    after = _measure(model, loss_fn, tokenizer, renderer, rows, config)
+
+    tasks = {task: _task_report(task, rows, before, after) for task in rows.groups}
+    report = EvaluationReport(
+        run=str(folder), data=name, all=tasks.pop(ALL), tasks=tasks, samples=_samples(rows, tokenizer, before, after)
+    )
+    write_json(folder / "evaluation.json", console.jsonable(report))
+    show(report)
+    return report
+
+
+def show(report: EvaluationReport) -> None:
+    """Print the report's table, and its first answers side by side."""
+    rows: list[list[object]] = []
+    for task, part in {**report.tasks, ALL: report.all}.items():
+        rows += _table_rows(task, part)
+    columns = ["task", "rows", "model", "loss", "perplexity"]
+    if report.all.num_generated:
+        columns += ["exact match", "BLEU", "ROUGE-L", "chrF"]
+    console.table(f"{report.run} on {report.data}", columns, [row[: len(columns)] for row in rows], numeric=columns[3:])
+    shown = _spread(list(range(len(report.samples))), SHOWN_SAMPLES)
+    if shown:
+        sides = ["base", "adapter"] if report.all.base is not None else ["adapter"]
+        answers = [report.samples[index] for index in shown]
+        cells = [[s.prompt, s.references[0], *([s.base] if len(sides) == 2 else []), s.adapter] for s in answers]
+        console.table("Answers", ["prompt", "reference", *sides], cells)
+
+
+def _open_run(run: Path | str, overrides: Sequence[str]) -> tuple[Path, Source]:
+    """The run's folder, and its base and adapter under `overrides`. `run` may also be the run.yaml that was trained."""
+    path = Path(run)
+    folder = Path(load_config(path, overrides).config.train.output) if path.is_file() else path
+    source = find_source(folder)
+    if source.config is None or source.adapter is None:
+        raise ConfigError(f"{folder} is no run folder: it has no config.yaml. Evaluate what `lorica train` wrote.")
+    folder = source.adapter.parent
+    config = load_config(folder, overrides).config
+    return folder, replace(source, model=config.model, config=config)
+
+
+def _load_rows(
+    source: Source, config: RunConfig, data: str | None, split: str
+) -> tuple[str, TokenizedDataset, list[Example], PreTrainedTokenizerBase, Renderer]:
+    """Name of the data, samples, their rows, tokenizer, renderer. Training rows are read only where they are needed."""
+    if split not in ("eval", "train"):
+        raise ConfigError(f"split is {split!r}; expected eval or train.")
+    own = config.data.eval if split == "eval" else config.data.train
+    if data is None and own is None:
+        raise ConfigError("The run has no evaluation data: data.eval is null. Give data.eval=PATH, or --data PATH.")
+    if data is not None or (split == "eval" and isinstance(own, str)):
+        path = data or str(own)
+        tokenizer, renderer = source.open_tokenizer()
+        loaded = load_dataset(
+            path,
+            renderer,
+            format=config.data.format,
+            columns=config.data.columns,
+            split=config.data.eval_split if data is None else None,
+            on_bad_row=config.data.on_bad_row,
+        )
+        return path, loaded.dataset, loaded.examples, tokenizer, renderer
+    run = prepare(config)
+    if split == "train":
+        return config.data.train, run.train, run.train_examples, run.tokenizer, run.renderer
+    assert run.eval is not None
+    return f"{own} of {config.data.train}", run.eval, run.eval_examples, run.tokenizer, run.renderer
+
+
+def _choose(dataset: TokenizedDataset, examples: list[Example], renderer: Renderer, limit: int) -> _Rows:
+    """The rows by task, and the conversations among them that are answered."""
+    groups: dict[str, list[int]] = {}
+    for index, example in enumerate(examples):
+        if example.task is not None:
+            groups.setdefault(example.task, []).append(index)
+    groups[ALL] = list(range(len(examples)))
+    answered = _spread([index for index, example in enumerate(examples) if example.text is None], limit)
+    prompts = [renderer.prompt_ids(examples[index]) for index in answered]
+    references = [examples[index].references or (renderer.reference(examples[index]),) for index in answered]
+    return _Rows(dataset, examples, groups, answered, prompts, references)
+
+
+def _spread(indices: list[int], limit: int) -> list[int]:
+    """At most `limit` of `indices`, evenly spread: rows often stand in the order of their tasks."""
+    if len(indices) <= limit:
+        return indices
+    return [indices[(2 * k + 1) * len(indices) // (2 * limit)] for k in range(limit)]
+
+
+def _measure(
+    model: PreTrainedModel,
+    loss_fn: LossFunction,
+    tokenizer: PreTrainedTokenizerBase,
+    renderer: Renderer,
+    rows: _Rows,
+    config: RunConfig,
+) -> _Measured:
+    padded = not config.data.packing or packing_support(model.config) is not None
+    pad_id = tokenizer.pad_token_id if isinstance(tokenizer.pad_token_id, int) else 0
+    budget = config.train.micro_batch_tokens or config.train.batch_tokens
+
+    def total(indices: list[int]) -> tuple[float, int]:
+        part = rows.dataset.subset(indices)
+        result = likelihood(model, loss_fn, evaluation_batches(part, budget, padded, pad_id))
+        return result.loss * result.num_tokens, result.num_tokens
+
+    totals = {task: total(indices) for task, indices in rows.groups.items() if task != ALL}
+    # Every row is run once: what belongs to no task is all that is left to add.
+    named = {index for task, indices in rows.groups.items() if task != ALL for index in indices}
+    rest = [index for index in rows.groups[ALL] if index not in named]
+    parts = [*totals.values(), *([total(rest)] if rest else [])]
+    totals[ALL] = (sum(part[0] for part in parts), sum(part[1] for part in parts))
+    ids = generate_ids(
+        model,
+        tokenizer,
+        rows.prompts,
+        max_new_tokens=config.eval.max_new_tokens,
+        stop_ids=renderer.stop_ids,
+        batch_size=config.eval.batch_size,
+    )
+    texts = [str(tokenizer.decode(answer, skip_special_tokens=True)) for answer in ids]
+    return _Measured(totals, dict(zip(rows.answered, texts, strict=True)))
+
+
+def _task_report(task: str, rows: _Rows, before: _Measured | None, after: _Measured) -> TaskReport:
+    members = set(rows.groups[task])
+    answered = [position for position, index in enumerate(rows.answered) if index in members]
+
+    def scores(measured: _Measured) -> Scores:
+        found = summarize(*measured.totals[task])
+        texts: Mapping[str, float] = {}
+        if answered:
+            predictions = [measured.answers[rows.answered[position]] for position in answered]
+            texts = score(predictions, [rows.references[position] for position in answered])
+        return Scores(found.loss, found.perplexity, **{name: texts.get(name) for name in _SCORES})
+
+    return TaskReport(
+        num_samples=len(members),
+        num_tokens=after.totals[task][1],
+        num_generated=len(answered),
+        base=None if before is None else scores(before),
+        adapter=scores(after),
+    )
+
+
+def _samples(
+    rows: _Rows, tokenizer: PreTrainedTokenizerBase, before: _Measured | None, after: _Measured
+) -> list[Sample]:
+    return [
+        Sample(
+            origin=rows.examples[index].origin,
+            task=rows.examples[index].task,
+            prompt=_last_words(rows.examples[index], tokenizer, prompt),
+            references=references,
+            base=None if before is None else before.answers[index],
+            adapter=after.answers[index],
+        )
+        for index, prompt, references in zip(rows.answered, rows.prompts, rows.references, strict=True)
+    ]
+
+
+def _last_words(example: Example, tokenizer: PreTrainedTokenizerBase, prompt: list[int]) -> str:
+    """The user's last turn; the whole prompt where there is none."""
+    turns = [message.content for message in example.messages if message.role == "user"]
+    return turns[-1] if turns else str(tokenizer.decode(prompt))
+
+
+def _table_rows(task: str, part: TaskReport) -> list[list[object]]:
+    models: list[tuple[str, Scores | None]] = [("base", part.base), ("adapter", part.adapter)]
+    return [
+        [task, f"{part.num_samples:,}", name, f"{scores.loss:.3f}", _perplexity(scores.perplexity), *_percentages(scores)]
+        for name, scores in models
+        if scores is not None
+    ]
+
+
+def _perplexity(value: float) -> str:
+    return f"{value:,.2f}" if value < 1e6 else f"{value:.2g}"
+
+
+def _percentages(scores: Scores) -> list[Any]:
+    values = [getattr(scores, name) for name in _SCORES]
+    return [None if value is None else f"{value:.1f}" for value in values]

@@ -1,0 +1,260 @@
+"""`lorica generate` and `lorica chat`: answers from a base or from an adapted model.
+
+One prompt is answered as text, on a terminal word by word; a file of prompts as JSON lines, in the file's order. `chat` keeps the
+conversation and drops its oldest turns when the model's context is full.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lorica.data.readers import READERS
+from lorica.data.render import Renderer
+from lorica.data.rows import Message, RowError, RowFault, list_faults
+from lorica.data.turns import parse_turns, text_of
+from lorica.errors import ConfigError, DataError
+from lorica.evaluate.generation import check_prompts, context_length, generate as generate_ids, stream
+from lorica.recipes import console
+from lorica.recipes.opening import open_model
+
+BATCH_SIZE = 16
+
+Conversation = list[Message]
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A prompt (the last turn of its conversation) and what the model said."""
+
+    prompt: str
+    response: str
+
+
+def generate(
+    run_or_base: str | Path,
+    *,
+    prompt: str | None = None,
+    input: str | Path | None = None,
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    base_only: bool = False,
+) -> list[Answer]:
+    """Answer prompts, print the answers on stdout and return them.
+
+    Args:
+        run_or_base: a run folder, an adapter folder, a model folder, a hub id, or `"embedded"`.
+        prompt: one prompt. Without it and `input`, all of stdin is one prompt.
+        input: a .txt file with a prompt a line; or rows (.jsonl, .json, .csv, .parquet) with a column `prompt`, or
+            `messages`, whose last assistant turn is left out when it ends the conversation.
+        temperature: 0 takes the most probable token.
+
+    Raises:
+        ConfigError: both `prompt` and `input`, or neither and stdin is a terminal.
+        DataError: prompts that cannot be read, or are too long for the model; all of them are listed.
+    """
+    conversations = _read_prompts(prompt, input)
+    model, tokenizer, renderer = open_model(run_or_base, base_only)
+    prompts, names = _render(conversations, renderer), [origin for origin, _ in conversations]
+    check_prompts(model, prompts, max_new_tokens, names)
+    how: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens,
+        "stop_ids": renderer.stop_ids,
+        "temperature": temperature,
+        "top_p": top_p,
+        "seed": seed,
+    }
+    if input is None and sys.stdout.isatty():
+        texts = [_show_stream(model, tokenizer, prompts[0], how)]
+    else:
+        ids = generate_ids(model, tokenizer, prompts, batch_size=BATCH_SIZE, **how)
+        texts = [str(tokenizer.decode(answer, skip_special_tokens=True)) for answer in ids]
+    answers = [
+        Answer(conversation[-1].content, text) for (_, conversation), text in zip(conversations, texts, strict=True)
+    ]
+    if input is not None:
+        for answer in answers:
+            print(json.dumps(console.jsonable(answer), ensure_ascii=False))
+    elif not sys.stdout.isatty():
+        print(answers[0].response)
+    return answers
+
+
+def chat(
+    run_or_base: str | Path,
+    *,
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    base_only: bool = False,
+) -> list[Answer]:
+    """Talk in the terminal until /exit, Ctrl-D or Ctrl-C; /reset forgets the conversation, Ctrl-C cuts an answer short.
+
+    Returns:
+        Every answer of the session that was not cut short.
+    """
+    model, tokenizer, renderer = open_model(run_or_base, base_only)
+    console.log("Type a message. /reset forgets the conversation, /exit or Ctrl-D leaves, Ctrl-C cuts an answer short.")
+    history: Conversation = []
+    answers: list[Answer] = []
+    while (line := _ask()) is not None:
+        if line == "/reset":
+            history = []
+            console.log("The conversation is forgotten.")
+        elif line.startswith("/"):
+            console.log(f"There is no command {line}; there are /reset and /exit.")
+        elif line:
+            turns, prompt = _fit([*history, Message("user", line)], model, renderer, max_new_tokens)
+            if prompt is None:
+                continue
+            how = {
+                "max_new_tokens": max_new_tokens,
+                "stop_ids": renderer.stop_ids,
+                "temperature": temperature,
+                "top_p": top_p,
+                "seed": seed + len(answers),
+            }
+            try:
+                text = _show_stream(model, tokenizer, prompt, how)
+            except KeyboardInterrupt:
+                console.log("\n(cut short; this turn is forgotten)")
+                continue
+            history = [*turns, Message("assistant", text)]
+            answers.append(Answer(line, text))
+    return answers
+
+
+def _ask() -> str | None:
+    """The next line, stripped, or None to leave."""
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401 - importing it gives input() a line editor
+    try:
+        line = input("> " if sys.stdin.isatty() else "").strip()
+    except (EOFError, KeyboardInterrupt):
+        print()
+        return None
+    return None if line == "/exit" else line
+
+
+def _fit(
+    turns: Conversation, model: PreTrainedModel, renderer: Renderer, max_new_tokens: int
+) -> tuple[Conversation, list[int] | None]:
+    """The newest turns that leave room for an answer, and their ids; None where not even the last one does."""
+    limit = context_length(model)
+    num_dropped = 0
+    while True:
+        prompt = _render([("this conversation", turns)], renderer)[0]
+        if limit is None or len(prompt) + max_new_tokens <= limit:
+            break
+        if len(turns) == 1:
+            console.log(
+                f"The message has {len(prompt)} tokens; with {max_new_tokens} for the answer that is more than the "
+                f"model's context of {limit}. Shorten it, or lower --max-new-tokens."
+            )
+            return turns, None
+        # A question and its answer go together.
+        num_dropped += 2
+        turns = turns[2:]
+    if num_dropped:
+        console.log(f"(the context is full: the oldest {num_dropped} turns are forgotten)")
+    return turns, prompt
+
+
+def _show_stream(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: list[int], how: Mapping[str, Any]
+) -> str:
+    """Print the answer to one prompt as it comes; its text."""
+    text = ""
+    pieces = stream(model, tokenizer, prompt, **how)
+    with contextlib.closing(pieces):
+        for piece in pieces:
+            text += piece
+            print(console.printable(piece), end="", flush=True)
+    print()
+    return text
+
+
+def _render(conversations: Sequence[tuple[str, Conversation]], renderer: Renderer) -> list[list[int]]:
+    prompts: list[list[int]] = []
+    faults: list[RowFault] = []
+    for origin, conversation in conversations:
+        try:
+            prompts.append(renderer.chat_prompt_ids(conversation))
+        except RowError as error:
+            faults.append(error.at(origin))
+    _refuse(faults)
+    return prompts
+
+
+def _read_prompts(prompt: str | None, input: str | Path | None) -> list[tuple[str, Conversation]]:
+    """Each prompt's origin and conversation."""
+    if prompt is not None and input is not None:
+        raise ConfigError("Give a prompt or a file of prompts, not both.")
+    if input is not None:
+        return _read_file(Path(input))
+    if prompt is None and sys.stdin.isatty():
+        raise ConfigError("There is no prompt. Give --prompt TEXT or --input FILE, or pipe a prompt in.")
+    origin = "stdin" if prompt is None else "the prompt"
+    text = sys.stdin.read() if prompt is None else prompt
+    try:
+        return [(origin, [Message("user", text_of(text.strip(), origin))])]
+    except RowError as error:
+        raise DataError(f"{error.reason}.") from None
+
+
+def _read_file(path: Path) -> list[tuple[str, Conversation]]:
+    if not path.is_file():
+        raise DataError(f"{path}: there is no such file.")
+    if path.suffix != ".txt" and path.suffix not in READERS:
+        raise DataError(f"{path}: files of prompts end in .txt, {', '.join(READERS)}, not {path.suffix or 'nothing'}.")
+    rows = _text_lines(path) if path.suffix == ".txt" else list(READERS[path.suffix](path))
+    conversations: list[tuple[str, Conversation]] = []
+    faults: list[RowFault] = []
+    for number, row in rows:
+        origin = f"{path.name}:{number}"
+        try:
+            conversations.append((origin, _conversation(row)))
+        except RowError as error:
+            faults.append(error.at(origin))
+    _refuse(faults)
+    if not conversations:
+        raise DataError(f"{path}: holds no prompts.")
+    return conversations
+
+
+def _text_lines(path: Path) -> list[tuple[int, Mapping[str, Any] | RowError]]:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 at byte {error.start}.") from None
+    return [(number, {"prompt": line}) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+
+
+def _conversation(row: Mapping[str, Any] | RowError) -> Conversation:
+    if isinstance(row, RowError):
+        raise row
+    if row.get("messages") is not None:
+        turns = parse_turns(row["messages"], "messages")
+        turns = turns[:-1] if turns[-1].role == "assistant" else turns
+        if not turns:
+            raise RowError("empty", "messages holds nothing to answer")
+        return turns
+    if row.get("prompt") is None:
+        found = ", ".join(row) or "nothing"
+        raise RowError("columns", f"neither prompt nor messages, but {found}")
+    return [Message("user", text_of(row["prompt"], "prompt").strip())]
+
+
+def _refuse(faults: Sequence[RowFault]) -> None:
+    if faults:
+        raise DataError(f"{len(faults)} prompts cannot be used:\n{list_faults(faults)}")

@@ -1,0 +1,175 @@
+"""`lorica init`: a commented run.yaml that fits the rows at hand.
+
+The rows are read, their format is recognised, and their length is measured with the base's own tokenizer where that
+needs no network; the values follow from that and each says why. It gives up searching for the best learning rate: the
+file is where a first run starts, and `lorica config show` lists every other key.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lorica.config import SECTIONS, load_config
+from lorica.errors import ConfigError
+from lorica.recipes import console
+from lorica.strict_yaml import dump_value
+
+if TYPE_CHECKING:
+    from lorica.data.rows import Example
+
+ROW_FILES = (".jsonl", ".json", ".csv", ".parquet")
+# Enough to know the format and the longest rows without reading a large file whole.
+ROWS_LOOKED_AT = 2000
+PLACEHOLDER = "rows.jsonl"
+
+_DEFAULT_MAX_LENGTH = 1024
+_EVALUATION_ROWS = 20
+_UNLIMITED = 2**31 - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """What is known of the rows: at most `ROWS_LOOKED_AT` of them; `longest` in tokens, None if it was not measured."""
+
+    format: str
+    num_rows: int
+    num_faults: int
+    longest: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Initialised:
+    """`path` of the file, `data` it points at, what was found there (None without rows), and the next `commands`."""
+
+    path: Path
+    data: str
+    rows: Rows | None
+    commands: list[str]
+
+
+def init(folder: Path, *, data: str | None = None, base: str = "embedded") -> Initialised:
+    """Write `folder`/run.yaml.
+
+    Without `data` the only row file in `folder` is taken; if there is none, a placeholder is written. ConfigError if
+    run.yaml exists or several files could be meant; DataError if the rows cannot be read.
+    """
+    path = folder / "run.yaml"
+    if path.exists():
+        raise ConfigError(f"{path} exists and is not overwritten; remove it, or name another folder: lorica init DIR")
+    found = data or _only_row_file(folder)
+    rows = _look(found, base) if found else None
+    text = render(found or PLACEHOLDER, base, folder / "runs" / "first", rows)
+    folder.mkdir(parents=True, exist_ok=True)
+    with path.open("x", encoding="utf-8") as file:
+        file.write(text)
+    load_config(path)
+    commands = [f"lorica {verb} {shlex.quote(str(path))}" for verb in ("data check", "plan", "train")]
+    _tell(path, found, rows, commands)
+    return Initialised(path, found or PLACEHOLDER, rows, commands)
+
+
+def _only_row_file(folder: Path) -> str | None:
+    files = sorted(file for file in folder.glob("*") if file.suffix in ROW_FILES and file.is_file())
+    if len(files) > 1:
+        names = ", ".join(str(file) for file in files[:10])
+        raise ConfigError(f"{len(files)} files could hold the rows: {names}; say which with --data FILE")
+    return str(files[0]) if files else None
+
+
+def _look(data: str, base: str) -> Rows:
+    from lorica.data.sources import load_examples
+
+    loaded = load_examples(data, limit=ROWS_LOOKED_AT)
+    is_local = base == "embedded" or Path(base).is_dir()
+    longest = _longest(loaded.examples, base) if is_local and loaded.examples else None
+    return Rows(loaded.format, loaded.num_rows, len(loaded.faults), longest)
+
+
+def _longest(examples: Sequence[Example], base: str) -> int:
+    """Tokens of the longest row, by the base's tokenizer and template, but no more than the base has positions for."""
+    from lorica.data.render import Renderer
+    from lorica.data.rows import RowError
+    from lorica.models.load import load_config as load_model_config
+    from lorica.models.load import load_tokenizer
+
+    renderer = Renderer(load_tokenizer(base), loss_on="response", max_length=_UNLIMITED)
+    longest = 0
+    for example in examples:
+        # `data check` names the rows that cannot be rendered; here they only do not count.
+        with contextlib.suppress(RowError):
+            longest = max(longest, len(renderer.render(example).input_ids))
+    positions = load_model_config(base).to_dict().get("max_position_embeddings")
+    return min(longest, positions) if isinstance(positions, int) else longest
+
+
+def render(data: str, base: str, output: Path, rows: Rows | None) -> str:
+    """The text of run.yaml: the keys that a first run decides, each with its reason or its meaning."""
+    max_length = _DEFAULT_MAX_LENGTH
+    length_reason = "longest sample, in tokens; longer ones are dropped"
+    if rows and rows.longest:
+        # Rows that were not looked at may be longer.
+        room = 1.0 if rows.num_rows < ROWS_LOOKED_AT else 1.5
+        max_length = max(64, math.ceil(room * rows.longest / 64) * 64)
+        length_reason = f"longest sample, in tokens; yours has {rows.longest}"
+    batch_tokens = max(4096, max_length)
+    fraction, evaluation_reason = _evaluation(rows)
+    few = rows is not None and rows.num_rows < ROWS_LOOKED_AT
+    sections: dict[str, list[tuple[str, object, str]]] = {
+        "model": [("base", base, "")],
+        "method": [("name", "lora", ""), ("rank", 16, ""), ("alpha", 32, ""), ("targets", "all-linear", "")],
+        "data": [
+            ("train", data, "" if rows else "put your rows here"),
+            ("eval", fraction, evaluation_reason),
+            ("format", rows.format if rows else "auto", ""),
+            ("loss_on", "response", ""),
+            ("max_length", max_length, length_reason),
+        ],
+        "train": [
+            ("output", str(output), ""),
+            ("epochs", 3 if few else 1, "few rows are seen more than once" if few else ""),
+            ("lr", 3e-3 if base == "embedded" else 1e-4, "the embedded base is tiny" if base == "embedded" else ""),
+            ("batch_tokens", batch_tokens, ""),
+            ("eval_every", 50, ""),
+            ("save_every", 50, ""),
+        ],
+    }
+    lines = [
+        "# Written by `lorica init`. Paths are relative to the directory in which you run lorica.",
+        "# Every other key, its default and its meaning: lorica config show run.yaml",
+    ]
+    for name, entries in sections.items():
+        lines += ["", f"{name}:"]
+        for key, value, comment in entries:
+            meaning = comment or SECTIONS[name].model_fields[key].description
+            lines.append(f"  {f'{key}: {dump_value(value)}':<28}  # {meaning}")
+    return "\n".join(lines) + "\n"
+
+
+def _evaluation(rows: Rows | None) -> tuple[float | None, str]:
+    """The fraction to hold out, and why: about 20 rows where 5 % would be fewer, never more than a fifth."""
+    if rows is None or rows.num_rows * 0.05 >= _EVALUATION_ROWS:
+        return 0.05, "fraction of the rows held out for evaluation, or a path"
+    if rows.num_rows < 5:
+        return None, "too few rows to hold any out"
+    fraction = round(min(0.2, _EVALUATION_ROWS / rows.num_rows), 2)
+    return fraction, f"fraction held out for evaluation, or a path: about {round(fraction * rows.num_rows)} rows"
+
+
+def _tell(path: Path, data: str | None, rows: Rows | None, commands: Sequence[str]) -> None:
+    out = console.stdout()
+    out.print(f"Wrote {path}.")
+    if rows is None:
+        out.print(f"No rows were found: put them into {data or PLACEHOLDER}, or change data.train in the file.")
+    else:
+        more = " or more" if rows.num_rows == ROWS_LOOKED_AT else ""
+        length = f", the longest of {rows.longest} tokens" if rows.longest else ""
+        out.print(f"{data}: {rows.num_rows:,} rows{more} of the format {rows.format}{length}.")
+        if rows.num_faults:
+            out.print(f"{rows.num_faults} rows have faults; `lorica data check` names them.")
+    out.print("Next:\n" + "\n".join(f"  {command}" for command in commands))

@@ -1,0 +1,347 @@
+"""`lorica train`: rows and a base become an adapter that is proved to be what was trained.
+
+The run folder:
+
+    config.yaml  environment.json    what was asked for, and where it ran
+    metrics.jsonl                    one row a step, evaluation rows between them
+    checkpoints/                     whole, hashed, resumable; the best one always stays
+    adapter/                         a PEFT folder: the best weights by evaluation loss, the last ones without evaluation
+    report.md  curves.png            what came of it
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import random
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from lorica.config import MethodConfig, Resolved, RunConfig, dump_yaml, load_config
+from lorica.data.packing import Batch, pack, pad
+from lorica.data.sampler import Order, micro_batches
+from lorica.data.tokenized import TokenizedDataset
+from lorica.errors import AdapterError, CheckpointError
+from lorica.evaluate.likelihood import likelihood
+from lorica.files import write_json
+from lorica.interop.peft import load_adapter, save_adapter
+from lorica.methods.attach import adapt, detach, trainable_parameters
+from lorica.methods.method import MethodOptions, method_options
+from lorica.models.attention import packing_support
+from lorica.models.load import base_fingerprint, load_config as load_model_config, load_model
+from lorica.models.loss import LossFunction, make_loss
+from lorica.recipes import console
+from lorica.recipes.preparing import PreparedRun, prepare
+from lorica.recipes.report import write_run_report
+from lorica.training.checkpoint import (
+    Checkpoint,
+    checkpoint_path,
+    find_checkpoints, latest_valid,
+    read_checkpoint,
+    restore_parameters,
+)
+from lorica.training.identity import check_identity
+from lorica.training.lock import RunLock
+from lorica.training.loop import LoopOptions, LoopResult, is_finished, run_loop
+
+if TYPE_CHECKING:
+    from lorica.recipes.plan import PlanReport
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a training run came to. Sizes in bytes, times in seconds, losses in nats a token."""
+
+    output: str
+    adapter: str
+    status: str
+    steps: int
+    train_loss: float | None
+    eval_loss: float | None
+    adapter_step: int
+    tokens: int
+    seconds: float
+    tokens_per_second: float
+    peak_memory_bytes: int
+    trainable_parameters: int
+    total_parameters: int
+    train_samples: int
+    eval_samples: int
+    resumed_from_step: int | None
+    read_back_difference: float | None
+
+
+def train(
+    config: RunConfig | str | Path,
+    *,
+    resume: str | Path | None = None,
+    dry_run: bool = False,
+    allow_data_change: bool = False,
+) -> TrainResult | PlanReport:
+    """Train an adapter as `config` says.
+
+    Args:
+        config: a configuration, or the path of a run.yaml or of a run folder.
+        resume: None starts anew, `"auto"` goes on from the newest checkpoint that is whole (or starts anew where there
+            is none), a path goes on from that checkpoint.
+        dry_run: read and check everything, predict memory and time, train and write nothing; gives the plan.
+        allow_data_change: resume although the data is not what it was.
+
+    Raises:
+        LoricaError: each kind with its own exit code; see `errors.py`.
+    """
+    resolved = config if isinstance(config, RunConfig) else load_config(config)
+    config = resolved.config if isinstance(resolved, Resolved) else resolved
+    if dry_run:
+        from lorica.recipes.plan import plan
+
+        return plan(config)
+    if config.train.threads is not None:
+        torch.set_num_threads(config.train.threads)
+    output = Path(config.train.output)
+    with RunLock(output):
+        return _train_locked(config, resolved, output, resume, allow_data_change)
+
+
+def _train_locked(
+    config: RunConfig, resolved: Resolved | RunConfig, output: Path, resume: str | Path | None, allow_data_change: bool
+) -> TrainResult:
+    """The story: data, order, checkpoint, model, adapter, loop, proof, report."""
+    checkpoint = _find_checkpoint(output / "checkpoints", resume)
+    data = prepare(config)
+    padded = not _can_pack(config)
+    settings = config.train
+    order = Order(
+        data.train.lengths,
+        seed=settings.seed,
+        batch_tokens=settings.batch_tokens,
+        epochs=settings.epochs,
+        padded=padded,
+        max_steps=settings.max_steps,
+    )
+    options = make_method_options(config.method)
+    identity = _identity(config, data, padded)
+    if checkpoint is not None:
+        saved = {k: v for k, v in checkpoint.state["identity"].items() if k != "model"}
+        for warning in check_identity(saved, identity, allow_data_change=allow_data_change):
+            console.log(f"Resuming with a change: {warning}")
+        if is_finished(checkpoint, order.num_steps) and (output / "adapter").is_dir():
+            console.log(f"Nothing to do: {output} finished at step {checkpoint.step}.")
+            return _finished_result(output, checkpoint, data)
+    console.log(f"{len(data.train):,} training samples, {order.num_steps:,} steps")
+
+    model = load_model(
+        config.model.base, dtype=config.model.dtype, device=config.model.device, revision=config.model.revision
+    )
+    identity["model"] = {"fingerprint": base_fingerprint(model), "dtype": str(model.dtype)}
+    if checkpoint is not None:
+        check_identity({"model": checkpoint.state["identity"]["model"]}, {"model": identity["model"]})
+    loss_fn = make_loss(model)
+    seed_everything(settings.seed)
+    adapt(model, options)
+    if settings.activation_checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    _write_beginning(output, config, resolved, model)
+    result = run_loop(
+        model,
+        loss_fn,
+        data.train,
+        order,
+        folder=output,
+        options=_loop_options(config, padded, data.pad_id),
+        evaluate=make_evaluation(
+            model, loss_fn, data.eval, settings.micro_batch_tokens or settings.batch_tokens, padded, data.pad_id
+        ),
+        resume=checkpoint,
+        identity=identity,
+    )
+    adapter_step = _take_best(model, output, result)
+    num_trainable = sum(p.numel() for p in trainable_parameters(model).values())
+    num_total = sum(p.numel() for p in model.parameters())
+    difference = _save_proved(model, output / "adapter", data)
+    done = TrainResult(
+        output=str(output),
+        adapter=str(output / "adapter"),
+        status="stopped early" if result.stopped_early else "finished",
+        steps=result.step,
+        train_loss=result.loss,
+        eval_loss=result.best_loss,
+        adapter_step=adapter_step,
+        tokens=result.tokens,
+        seconds=result.seconds,
+        tokens_per_second=result.tokens / result.seconds if result.seconds else 0.0,
+        peak_memory_bytes=result.peak_memory_bytes,
+        trainable_parameters=num_trainable,
+        total_parameters=num_total,
+        train_samples=len(data.train),
+        eval_samples=0 if data.eval is None else len(data.eval),
+        resumed_from_step=None if checkpoint is None else checkpoint.step,
+        read_back_difference=difference,
+    )
+    write_json(output / "result.json", asdict(done))
+    write_run_report(output, asdict(done))
+    return done
+
+
+def make_method_options(method: MethodConfig) -> MethodOptions:
+    """The method's options dataclass from the `method` section."""
+    values = method.model_dump()
+    return method_options(values.pop("name"))(**values)
+
+
+def seed_everything(seed: int) -> None:
+    """Seed every generator that anything here draws from."""
+    torch.manual_seed(seed)
+    np.random.seed(seed)
+    random.seed(seed)
+
+
+def make_evaluation(
+    model: PreTrainedModel,
+    loss_fn: LossFunction,
+    dataset: TokenizedDataset | None,
+    micro_batch_tokens: int,
+    padded: bool,
+    pad_id: int,
+) -> Callable[[], Mapping[str, float]] | None:
+    """A function that measures loss and perplexity on `dataset`, or None without one."""
+    if dataset is None:
+        return None
+    batches = evaluation_batches(dataset, micro_batch_tokens, padded, pad_id)
+
+    def evaluate() -> Mapping[str, float]:
+        scores = likelihood(model, loss_fn, batches)
+        return {"loss": scores.loss, "perplexity": scores.perplexity}
+
+    return evaluate
+
+
+def evaluation_batches(dataset: TokenizedDataset, micro_batch_tokens: int, padded: bool, pad_id: int) -> list[Batch]:
+    """All samples of `dataset`, in order, in batches of at most `micro_batch_tokens` tokens."""
+    everything = np.arange(len(dataset), dtype=np.int64)
+    parts = micro_batches(everything, dataset.lengths, micro_batch_tokens, padded)
+    return [pad(dataset, part, pad_id) if padded else pack(dataset, part) for part in parts]
+
+
+def _find_checkpoint(folder: Path, resume: str | Path | None) -> Checkpoint | None:
+    if resume is None:
+        if find_checkpoints(folder):
+            raise CheckpointError(
+                f"{folder} holds the checkpoints of an earlier run. Go on with --resume auto, or choose another "
+                "train.output."
+            )
+        return None
+    if str(resume) == "auto":
+        return latest_valid(folder, console.log)
+    return read_checkpoint(Path(resume))
+
+
+def _can_pack(config: RunConfig) -> bool:
+    if not config.data.packing:
+        return False
+    reason = packing_support(load_model_config(config.model.base, revision=config.model.revision))
+    if reason is not None:
+        console.log(f"Padded batches instead of packed ones: this model cannot pack, {reason}.")
+    return reason is None
+
+
+def _identity(config: RunConfig, data: PreparedRun, padded: bool) -> dict[str, Any]:
+    """What a checkpoint must agree with; `settings` may change, said aloud."""
+    train = config.train.model_dump(
+        exclude={"output", "seed", "batch_tokens", "threads", "keep_checkpoints", "log_every"}
+    )
+    return {
+        "method": config.method.model_dump(),
+        "data": {
+            "train": data.train.fingerprint(),
+            "eval": None if data.eval is None else data.eval.fingerprint(),
+        },
+        "order": {"seed": config.train.seed, "batch_tokens": config.train.batch_tokens, "padded": padded},
+        "settings": train,
+    }
+
+
+def _loop_options(config: RunConfig, padded: bool, pad_id: int) -> LoopOptions:
+    t = config.train
+    return LoopOptions(
+        lr=t.lr,
+        micro_batch_tokens=t.micro_batch_tokens or t.batch_tokens,
+        schedule=t.schedule,
+        warmup=t.warmup,
+        min_lr=t.min_lr,
+        clip=t.clip,
+        weight_decay=t.weight_decay,
+        betas=(t.beta1, t.beta2),
+        epsilon=t.epsilon,
+        eval_every=t.eval_every,
+        save_every=t.save_every,
+        keep_checkpoints=t.keep_checkpoints,
+        early_stopping=t.early_stopping,
+        on_nan=t.on_nan,
+        log_every=t.log_every,
+        padded=padded,
+        pad_id=pad_id,
+    )
+
+
+def _write_beginning(output: Path, config: RunConfig, resolved: Resolved | RunConfig, model: PreTrainedModel) -> None:
+    text = resolved.dump_yaml() if isinstance(resolved, Resolved) else dump_yaml(config)
+    (output / "config.yaml").write_text(text, encoding="utf-8")
+    import transformers
+
+    import lorica
+
+    write_json(
+        output / "environment.json",
+        {
+            "lorica": lorica.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+            "machine": f"{platform.system()} {platform.machine()}",
+            "cpus": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "device": str(model.device),
+            "dtype": str(model.dtype).removeprefix("torch."),
+        },
+    )
+
+
+def _take_best(model: PreTrainedModel, output: Path, result: LoopResult) -> int:
+    """Put the weights with the lowest evaluation loss into the model; the step that they are from."""
+    if result.best_step is None or result.best_step == result.step:
+        return result.step
+    best = next(
+        p for p in find_checkpoints(output / "checkpoints") if int(p.name.removeprefix("step-")) == result.best_step
+    )
+    restore_parameters(trainable_parameters(model), read_checkpoint(best).tensors["trainable"])
+    return result.best_step
+
+
+def _save_proved(model: PreTrainedModel, folder: Path, data: PreparedRun) -> float:
+    """Save the adapter, read it back onto the bare base, and compare logits; the largest difference, which must be 0."""
+    ids = torch.from_numpy(data.train[0][0][:64].astype(np.int64))[None].to(model.device)
+    model.eval()
+    with torch.no_grad():
+        before = model(input_ids=ids, use_cache=False).logits.float()
+        save_adapter(model, folder)
+        load_adapter(detach(model), folder)
+        model.eval()
+        after = model(input_ids=ids, use_cache=False).logits.float()
+    difference = float((before - after).abs().max())
+    if difference != 0.0:
+        raise AdapterError(f"{folder}: read back, the adapter gives logits that differ by {difference:.3g}.")
+    return difference
+
+
+def _finished_result(output: Path, checkpoint: Checkpoint, data: PreparedRun) -> TrainResult:
+    import json
+
+    saved = json.loads((output / "result.json").read_text(encoding="utf-8"))
+    return TrainResult(**{**saved, "status": "nothing to do", "resumed_from_step": checkpoint.step})

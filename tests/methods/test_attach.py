@@ -1,0 +1,104 @@
+"""Which modules are chosen, what refuses, and what merging and detaching leave."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import lorica
+from lorica.errors import ConfigError, TargetError
+from lorica.methods.attach import resolve_targets
+from lorica.methods.lora import LoRA
+from lorica.methods.method import method_options
+
+Make = Callable[..., Any]
+
+
+def targets(model: nn.Module, *patterns: str) -> list[str]:
+    return resolve_targets(model, LoRA(targets=patterns if len(patterns) > 1 else patterns[0]))
+
+
+def test_all_linear_takes_every_linear_but_the_head(tiny_llama: Make) -> None:
+    model = tiny_llama()
+    linears = {name for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    assert set(targets(model, "all-linear")) == linears - {"lm_head"} and len(linears) == 15
+
+
+def test_a_pattern_matches_a_whole_name_or_a_tail_of_it(tiny_llama: Make) -> None:
+    model = tiny_llama()
+    assert targets(model, "q_proj") == [f"model.layers.{i}.self_attn.q_proj" for i in (0, 1)]
+    assert targets(model, r"layers\.1\.mlp\.(up|gate)_proj") == [f"model.layers.1.mlp.{k}_proj" for k in ("gate", "up")]
+    assert targets(model, "lm_head", "model.embed_tokens") == ["model.embed_tokens", "lm_head"]
+    with pytest.raises(TargetError):
+        targets(model, "proj")
+
+
+def test_every_pattern_that_matches_nothing_is_named_with_what_is_near(tiny_llama: Make) -> None:
+    model = tiny_llama()
+    with pytest.raises(TargetError) as caught:
+        lorica.adapt(model, LoRA(targets=("q_prj", "v_proj", "norm", "wte")))
+    text = str(caught.value)
+    assert "'q_prj' matches no module" in text and "q_proj" in text
+    assert "'norm' matches model.norm, but a LlamaRMSNorm" in text and "'wte'" in text and "'v_proj'" not in text
+    assert not lorica.adapters(model) and all(p.requires_grad for p in model.parameters())
+
+
+def test_a_broken_regular_expression_is_a_target_error(tiny_llama: Make) -> None:
+    with pytest.raises(TargetError, match="not a regular expression"):
+        targets(tiny_llama(), "q_proj(")
+
+
+def test_an_adapter_that_would_never_run_is_refused() -> None:
+    attention = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2), "ffn": nn.Linear(8, 8)})
+    assert targets(attention, "all-linear") == ["ffn"]
+    with pytest.raises(TargetError, match="out_proj"):
+        targets(attention, "out_proj")
+
+
+def test_adapting_twice_is_refused(tiny_llama: Make) -> None:
+    model = lorica.adapt(tiny_llama(), LoRA())
+    with pytest.raises(ConfigError, match="already carries 14 adapters"):
+        lorica.adapt(model, LoRA())
+
+
+def test_merging_shares_what_no_adapter_touched(tiny_llama: Make) -> None:
+    model = lorica.adapt(tiny_llama(), LoRA(targets="q_proj"))
+    plain = lorica.merge(model)
+    assert plain.model.layers[0].mlp.up_proj.weight is model.model.layers[0].mlp.up_proj.weight
+    assert plain.model.layers[0].self_attn.q_proj.weight is not model.model.layers[0].self_attn.q_proj.weight
+    assert plain.model.layers[0] is not model.model.layers[0]
+
+
+@pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])
+def test_merging_one_of_a_tied_pair_unties_it(target: str, tiny_llama: Make, tmp_path: Any) -> None:
+    model = lorica.adapt(tiny_llama(tie_word_embeddings=True), LoRA(targets=target))
+    for parameter in lorica.trainable_parameters(model).values():
+        nn.init.normal_(parameter, std=0.3)
+    plain = lorica.merge(model)
+    ids = torch.randint(0, 64, (2, 7))
+    want = model(ids).logits
+    torch.testing.assert_close(plain(ids).logits, want, atol=1e-5, rtol=1e-5)
+    assert model.config.tie_word_embeddings and not plain.config.tie_word_embeddings
+    plain.save_pretrained(tmp_path)
+    again = type(plain).from_pretrained(tmp_path)
+    torch.testing.assert_close(again(ids).logits, want, atol=1e-5, rtol=1e-5)
+
+
+def test_new_adapters_take_the_models_mode(tiny_llama: Make) -> None:
+    model = tiny_llama().train()
+    lorica.adapt(model, LoRA())
+    assert all(a.training for a in lorica.adapters(model).values())
+    lorica.detach(model.eval())
+    lorica.adapt(model, LoRA())
+    assert not any(a.training for a in lorica.adapters(model).values())
+
+
+def test_a_method_is_found_by_its_file_name() -> None:
+    assert method_options("lora") is LoRA
+    for name in ("lara", "method", "..", "os"):
+        with pytest.raises(ConfigError, match="method.name"):
+            method_options(name)

@@ -1,0 +1,129 @@
+"""What every method promises, over every method and every kind of module that it wraps."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+import lorica
+from lorica.methods.lora import LoRA
+from lorica.methods.method import MethodOptions
+
+METHODS: dict[str, MethodOptions] = {
+    "lora": LoRA(rank=4, alpha=8, targets="layer"),
+    "lora rslora gaussian": LoRA(rank=4, alpha=8, rslora=True, init="gaussian", targets="layer"),
+}
+
+
+class Holder(nn.Module):
+    """One module called `layer`."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x)
+
+
+KINDS: dict[str, tuple[Callable[[], nn.Module], Callable[[], torch.Tensor]]] = {
+    "Linear": (lambda: nn.Linear(12, 20), lambda: torch.randn(3, 5, 12)),
+    "Linear without bias, 2-D input": (lambda: nn.Linear(12, 20, bias=False), lambda: torch.randn(7, 12)),
+    "Conv1D": (lambda: Conv1D(20, 12), lambda: torch.randn(3, 5, 12)),
+    "Embedding": (lambda: nn.Embedding(30, 20, padding_idx=1), lambda: torch.randint(0, 30, (3, 5))),
+}
+
+
+def weights_hash(module: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(name.encode() + tensor.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def randomise(model: nn.Module, scale: float = 0.3) -> None:
+    with torch.no_grad():
+        for parameter in lorica.trainable_parameters(model).values():
+            parameter.normal_(std=scale)
+
+
+@pytest.fixture(params=METHODS)
+def options(request: pytest.FixtureRequest) -> MethodOptions:
+    return METHODS[request.param]
+
+
+@pytest.fixture(params=KINDS)
+def case(request: pytest.FixtureRequest) -> tuple[Holder, torch.Tensor]:
+    torch.manual_seed(0)
+    make, draw = KINDS[request.param]
+    return Holder(make()), draw()
+
+
+def test_the_start_equals_the_base_exactly(options: MethodOptions, case: Any) -> None:
+    model, x = case
+    before = model(x)
+    assert torch.equal(lorica.adapt(model, options)(x), before)
+
+
+def test_only_the_adapter_is_trained_and_the_base_never_changes(options: MethodOptions, case: Any) -> None:
+    model, x = case
+    base = model.layer
+    before = weights_hash(base)
+    lorica.adapt(model, options)
+    parameters = lorica.trainable_parameters(model)
+    assert parameters and all(".lora_" in name for name in parameters)
+    assert lorica.adapters(model)["layer"].num_parameters() == sum(p.numel() for p in parameters.values())
+    optimizer = torch.optim.AdamW(parameters.values(), lr=0.1)
+    start = {name: p.detach().clone() for name, p in parameters.items()}
+    for _ in range(3):
+        model(x).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert all(not torch.equal(p, start[name]) for name, p in parameters.items())
+    assert weights_hash(base) == before
+
+
+def test_merged_equals_adapted_and_is_plain(options: MethodOptions, case: Any) -> None:
+    model, x = case
+    kind = type(model.layer)
+    randomise(lorica.adapt(model, options))
+    plain = lorica.merge(model)
+    torch.testing.assert_close(plain(x), model(x), atol=1e-5, rtol=1e-5)
+    assert type(plain.layer) is kind and not lorica.adapters(plain)
+    assert lorica.adapters(model), "the original must stay adapted"
+
+
+def test_detach_gives_the_base_back_bit_for_bit(options: MethodOptions, case: Any) -> None:
+    model, x = case
+    base, before, out = model.layer, weights_hash(model), model(x)
+    randomise(lorica.adapt(model, options))
+    assert not torch.equal(model(x), out)
+    lorica.merge(model)
+    assert lorica.detach(model).layer is base
+    assert weights_hash(model) == before and torch.equal(model(x), out)
+
+
+def test_masters_are_float32_and_the_product_runs_in_the_bases_dtype(options: MethodOptions, case: Any) -> None:
+    model, x = case
+    model.to(torch.bfloat16)
+    x = x.to(torch.bfloat16) if x.is_floating_point() else x
+    randomise(lorica.adapt(model, options))
+    assert all(p.dtype is torch.float32 for p in lorica.trainable_parameters(model).values())
+    out = model(x)
+    assert out.dtype is torch.bfloat16
+    out.float().square().sum().backward()
+    assert all(p.grad is not None and p.grad.dtype is torch.float32 for p in lorica.trainable_parameters(model).values())
+    merged = lorica.merge(model)(x).float()
+    torch.testing.assert_close(merged, out.float(), atol=0.2, rtol=0.05)
+
+
+def test_the_wrapper_shows_the_bases_weight(options: MethodOptions, case: Any) -> None:
+    model, _ = case
+    weight = model.layer.weight
+    assert lorica.adapt(model, options).layer.weight is weight
