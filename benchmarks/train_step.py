@@ -3,10 +3,10 @@
     python benchmarks/train_step.py                       # 135M Llama shape, bf16, 4 x 512 tokens, r = 16, all linears
     python benchmarks/train_step.py --shape qwen3 --steps 7
 
-Each side runs in a process of its own, since peak memory is a property of a process; the sides take turns (A B A B), and the
-ratio of their medians is what counts: absolute seconds on a shared machine drift. Random weights, random tokens. The
-process's peak resident set includes the import of torch and transformers on both sides; `growth` is what lies above the
-resident set with the model loaded. PEFT is needed for this script only.
+Each side runs in a process of its own, since peak memory is a property of a process; the sides take turns (A B A B),
+and the ratio of their medians is what counts: absolute seconds on a shared machine drift. Random weights, random
+tokens. The process's peak resident set includes the import of torch and transformers on both sides; `growth` is what
+lies above the resident set with the model loaded. PEFT is needed for this script only.
 """
 
 from __future__ import annotations
@@ -150,21 +150,42 @@ def report(arguments: argparse.Namespace, results: dict[str, list[dict[str, Any]
     rows = {}
     for side, runs in results.items():
         seconds = statistics.median(second for run in runs for second in run["seconds"])
-        rows[side] = {"seconds": seconds, "peak": max(r["peak"] for r in runs), "growth": max(r["growth"] for r in runs)}
+        rows[side] = {
+            "seconds": seconds,
+            "peak": max(r["peak"] for r in runs),
+            "growth": max(r["growth"] for r in runs),
+        }
         print(f"{side:8} {seconds:7.3f} s a step  {tokens / seconds:7.0f} tokens/s  peak {rows[side]['peak'] / 1e9:5.2f} GB"
               f"  growth over the loaded model {rows[side]['growth'] / 1e9:5.2f} GB"
               f"  losses {' '.join(f'{loss:.4f}' for loss in runs[0]['losses'])}")  # fmt: skip
     ours, theirs = rows["lorica"], rows["peft"]
     ratios = {key: ours[key] / theirs[key] for key in ("peak", "growth")}
-    print(f"faster {theirs['seconds'] / ours['seconds']:.2f} x   peak memory {ratios['peak']:.0%}   growth {ratios['growth']:.0%}")
+    print(
+        f"faster {theirs['seconds'] / ours['seconds']:.2f} x   peak memory {ratios['peak']:.0%}   growth {ratios['growth']:.0%}"
+    )
     file = Path(__file__).parent / "results" / "train_step.csv"
     file.parent.mkdir(exist_ok=True)
     fresh = not file.exists()
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+    ).stdout.strip()
     with file.open("a", newline="") as handle:
         writer = csv.writer(handle)
         if fresh:
-            writer.writerow(["date", "commit", "machine", "cores", "shape", "tokens", "side", "seconds", "peak_bytes", "growth_bytes"])
+            writer.writerow(
+                [
+                    "date",
+                    "commit",
+                    "machine",
+                    "cores",
+                    "shape",
+                    "tokens",
+                    "side",
+                    "seconds",
+                    "peak_bytes",
+                    "growth_bytes",
+                ]
+            )
         for side, row in rows.items():
             writer.writerow([time.strftime("%Y-%m-%d"), commit, platform.machine(), os.cpu_count(), arguments.shape, tokens, side,
                              round(row["seconds"], 4), row["peak"], row["growth"]])  # fmt: skip

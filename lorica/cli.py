@@ -229,7 +229,7 @@ def train(
     json: Json = False,
 ) -> None:
     """Train an adapter and prove it."""
-    run = _load(config, overrides, *([] if max_steps is None else [f"train.max_steps={max_steps}"])).config
+    run = _load(config, overrides, *([] if max_steps is None else [f"train.max_steps={max_steps}"]))
     from lorica.recipes.train import train
 
     _finish(json, lambda: train(run, resume=resume, dry_run=dry_run, allow_data_change=allow_data_change))
@@ -242,7 +242,7 @@ def evaluate(
     data: Annotated[str | None, typer.Option(help="Other rows to evaluate on.")] = None,
     split: Annotated[Literal["eval", "train"], typer.Option(help="Which of the run's rows.")] = "eval",
     no_base: Annotated[bool, typer.Option("--no-base", help="Leave the base model out.")] = False,
-    max_samples: Annotated[int | None, typer.Option(min=1, help="Most rows to use.")] = None,
+    max_samples: Annotated[int | None, typer.Option(min=1, help="Most rows to answer; the loss is over all.")] = None,
     no_generate: Annotated[bool, typer.Option("--no-generate", help="Only loss and perplexity.")] = False,
     json: Json = False,
 ) -> None:
@@ -258,7 +258,7 @@ def evaluate(
             split=split,
             base=not no_base,
             max_samples=max_samples,
-            generate=not no_generate,
+            generate=False if no_generate else None,
         ),
     )
 

@@ -13,8 +13,8 @@
     ├── NotMergeableError   1   an adapter that is no fixed change of weights
     └── RunLockedError      1   another process works in the run folder
 
-A message says what failed, what came, what was expected, where, and what to do next. Everything here is for users; our own
-invariants are `assert`s.
+A message says what failed, what came, what was expected, where, and what to do next. Everything here is for users;
+our own invariants are `assert`s.
 """
 
 from __future__ import annotations

@@ -18,8 +18,8 @@ MAX_JSON_BYTES = 16 << 20
 def whole_folder(target: Path) -> Iterator[Path]:
     """Fill a temporary folder; on success flush it to disk and give it the name `target`, replacing what was there.
 
-    On an exception the temporary folder is removed and `target` is what it was before. A kill between the two renames of
-    a replacement leaves what was there before as `.<name>.old`; the next use puts it back first.
+    On an exception the temporary folder is removed and `target` is what it was before. A kill between the two renames
+    of a replacement leaves what was there before as `.<name>.old`; the next use puts it back first.
     """
     target = Path(os.path.abspath(target))
     temporary, replaced = (target.with_name(f".{target.name}.{suffix}") for suffix in ("tmp", "old"))

@@ -2,15 +2,15 @@
 
 A base model cannot know a word of it, so what it answers after training was learned from these rows. Three tasks:
 
-    facts     120 facts (12 relations x 10 things), each asked in 6 phrasings; held out: 2 phrasings per relation that no
-              training row uses, so a right answer is knowledge, not a remembered line
-    records   a structured record -> a sentence; held out: records whose part and combination of values never occur in
-              training, with three reference sentences each
-    sums      small calculations in handbook terms; held out: operands that never occur together in training
+    facts     120 facts (12 relations x 10 things), each asked in 6 phrasings; held out: 2 phrasings of each
+              relation that no training row of it uses, so a right answer is no remembered line
+    records   a structured record -> a sentence; held out: records whose part number and whose combination of the other
+              values never occur in training, with three reference sentences each
+    sums      ends and starts of shifts, prices with delivery; held out: operands that never occur together in training
 
-Everything is invented and drawn with `random.Random(seed)`: same seed, same bytes, on any machine. It is a small and tidy
-world with one right answer a question; it shows that training works, and says nothing about how good a method is on real
-text.
+Everything is invented and drawn with `random.Random(seed)`: same seed, same bytes, on any machine. It is a small and
+tidy world with one right answer to a question: it shows that training works, and says nothing about how good a method
+is on real text.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import json
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 Row = dict[str, str | list[str]]
@@ -26,12 +27,16 @@ Row = dict[str, str | list[str]]
 
 @dataclass(frozen=True, slots=True)
 class HandbookFiles:
-    """The JSONL files of one handbook. Rows: `prompt`, `response`, `task`, and `references` where several are right."""
+    """The JSONL files of one handbook. Rows: `prompt`, `response`, `task`, and `references` where several are right.
+
+    evaluation: everything held out, the three tasks one after another.
+    """
 
     train: Path
     facts_eval: Path
     records_eval: Path
     sums_eval: Path
+    evaluation: Path
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,9 +50,9 @@ class Relation:
 
 
 def write_handbook(folder: Path, *, seed: int = 0) -> HandbookFiles:
-    """Write the four JSONL files into `folder` (made when missing) and return their paths.
+    """Write the five JSONL files into `folder` (made when missing) and return their paths.
 
-    About 1,300 training rows; 240 + 40 + 60 held-out rows. Another seed gives other facts, records and sums.
+    1,180 training rows; 240 + 40 + 60 held-out rows. Another seed gives other facts, records and sums.
     """
     folder.mkdir(parents=True, exist_ok=True)
     chance = random.Random(seed)
@@ -61,6 +66,7 @@ def write_handbook(folder: Path, *, seed: int = 0) -> HandbookFiles:
         facts_eval=_write(folder / "facts_eval.jsonl", facts_eval),
         records_eval=_write(folder / "records_eval.jsonl", records_eval),
         sums_eval=_write(folder / "sums_eval.jsonl", sums_eval),
+        evaluation=_write(folder / "evaluation.jsonl", [*facts_eval, *records_eval, *sums_eval]),
     )
 
 
@@ -78,15 +84,16 @@ def _row(task: str, prompt: str, responses: Sequence[str]) -> Row:
 # -- facts ---------------------------------------------------------------------------------------------------------
 
 DEPARTMENTS = (
-    "Calibration", "Glassware", "Dispatch", "Optics", "Tooling", "Payroll", "Foundry", "Archives", "Coatings", "Packaging",
+    "Calibration", "Glassware", "Dispatch", "Optics", "Tooling",
+    "Payroll", "Foundry", "Archives", "Coatings", "Packaging",
 )  # fmt: skip
 PRODUCTS = (
     "Heron gauge", "Kestrel valve", "Plover pump", "Tern sensor", "Curlew filter",
-    "Merlin relay", "Dunlin meter", "Siskin probe", "Avocet coil", "Wigeon lens",
+    "Merlin relay", "Dunlin meter", "Siskin probe", "Lapwing coil", "Wigeon lens",
 )  # fmt: skip
 PROCEDURES = (
     "travel claim", "purchase order", "visitor badge", "tool loan", "leave request",
-    "scrap report", "sample return", "key handover", "incident note", "training booking",
+    "scrap report", "sample return", "key handover", "repair note", "training booking",
 )  # fmt: skip
 MACHINES = (
     "Bertha lathe", "Oberon mill", "Juno oven", "Titan crane", "Calypso saw",
@@ -103,7 +110,8 @@ LAST_NAMES = (
 
 
 def _facts(chance: random.Random) -> tuple[list[Row], list[Row]]:
-    train, held_out = [], []
+    train: list[Row] = []
+    held_out: list[Row] = []
     for relation in _relations(chance):
         for thing, value in zip(relation.things, relation.values, strict=True):
             train += [_row("facts", phrasing.format(thing), [value]) for phrasing in relation.training]
@@ -280,7 +288,9 @@ def _relations(chance: random.Random) -> list[Relation]:
 
 # -- records -------------------------------------------------------------------------------------------------------
 
-SUPPLIERS = ("Norrvik", "Castell", "Ombra", "Lindqvist", "Tavener", "Brightwater", "Delmar", "Hoxton", "Farrow", "Selby")
+SUPPLIERS = (
+    "Norrvik", "Castell", "Ombra", "Lindqvist", "Tavener", "Brightwater", "Delmar", "Hoxton", "Farrow", "Selby",
+)  # fmt: skip
 STORAGE = ("dry", "cold", "dark", "sealed", "upright")
 NUM_RECORDS, NUM_HELD_OUT_RECORDS = 160, 40
 
@@ -312,33 +322,35 @@ def _sentences(part: str, supplier: str, days: int, storage: str) -> list[str]:
 
 # -- sums ----------------------------------------------------------------------------------------------------------
 
-NUM_SUMS, NUM_HELD_OUT_SUMS = 110, 20  # of each kind
-PALLETS = (
-    "How many units are {} pallets of 100 units and {} loose units?",
-    "Bay count: {} pallets with 100 units each, and {} loose units. How many units?",
+NUM_SUMS, NUM_HELD_OUT_SUMS = 100, 20  # of each kind
+SHIFT_ENDS = (
+    "A shift starts at {0}:{1} and lasts {2} hours. When does it end?",
+    "When does a shift of {2} hours end that starts at {0}:{1}?",
 )
-ARRIVALS = (
-    "The store has {} units and {} more arrive. How many units are there now?",
-    "Stock {} units, delivery {} units. What is the new stock?",
+SHIFT_STARTS = (
+    "A shift ended at {0}:{1} after {2} hours. When did it start?",
+    "When did a shift of {2} hours start that ended at {0}:{1}?",
 )
-SCRAPPED = (
-    "Of {} units, {} are scrapped. How many units are left?",
-    "Stock {} units, scrapped {} units. What remains?",
+TOTALS = (
+    "A part costs {0}.{1} and its delivery {2}.00. What is the total?",
+    "What is the total of a part for {0}.{1} with delivery for {2}.00?",
 )
 
 
 def _sums(chance: random.Random) -> tuple[list[Row], list[Row]]:
-    pallets = [(num, loose) for num in range(1, 10) for loose in range(11, 100)]
-    arrivals = [(100 * a + rest, 100 * b) for a in range(1, 9) for b in range(1, 10 - a) for rest in range(11, 100)]
-    scrapped = [(100 * a + rest, 100 * b) for a in range(2, 10) for b in range(1, a) for rest in range(11, 100)]
-    train, held_out = [], []
-    for pairs, phrasings, answer in (
-        (pallets, PALLETS, lambda num, loose: 100 * num + loose),
-        (arrivals, ARRIVALS, lambda stock, more: stock + more),
-        (scrapped, SCRAPPED, lambda stock, fewer: stock - fewer),
-    ):
-        for index, pair in enumerate(chance.sample(pairs, NUM_SUMS + NUM_HELD_OUT_SUMS)):
-            prompt = phrasings[index % len(phrasings)].format(*pair)
-            row = _row("sums", prompt, [f"That is {answer(*pair)} units."])
+    """The whole numbers are added or subtracted, minutes and cents are carried over."""
+    minutes, cents = range(0, 60, 5), range(5, 100, 5)
+    kinds = (
+        (SHIFT_ENDS, product(range(5, 13), minutes, (4, 8)), "{}:{}", 1),
+        (SHIFT_STARTS, product(range(13, 21), minutes, (4, 8)), "{}:{}", -1),
+        (TOTALS, product(range(2, 12), cents, (2, 5)), "{}.{}", 1),
+    )
+    train: list[Row] = []
+    held_out: list[Row] = []
+    for phrasings, operands, answer, sign in kinds:
+        chosen = chance.sample(list(operands), NUM_SUMS + NUM_HELD_OUT_SUMS)
+        for index, (whole, part, change) in enumerate(chosen):
+            prompt = phrasings[index % len(phrasings)].format(whole, f"{part:02d}", change)
+            row = _row("sums", prompt, [answer.format(whole + sign * change, f"{part:02d}")])
             (train if index < NUM_SUMS else held_out).append(row)
     return train, held_out

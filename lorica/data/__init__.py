@@ -1,13 +1,19 @@
 """From raw rows to batches.
 
-    sources   a file, a folder or a hub id -> Example (messages or text), every bad row with its line
-    formats   one row of a known format -> Example
-    template  a chat template rendered in a sandbox that cannot run for ever
-    spans     which characters of the rendered conversation the model has to say
-    render    Example -> TokenizedExample (input_ids, labels), many -> TokenizedDataset
-    sampler   the order of the samples, a function of seed and epoch
-    packing   samples -> Batch, one row without padding or padded
-    check     what the data holds, before anything is trained on it
+    sources     a file, a folder or a hub id -> Examples; every bad row with its place
+      readers   files of each kind -> raw rows
+      formats   a raw row of a known format -> Example
+      turns     the turns of a conversation, as the world writes them -> Messages
+      rows      Example, Message, and what is said of a row that cannot become one
+    render      Example -> TokenizedExample, many -> TokenizedDataset
+      template  which chat template; a conversation rendered with it
+      sandbox   jinja that always ends
+      limits    what a template may make
+      spans     which characters of the rendered conversation the model has to say
+      tokenized samples as flat arrays
+    sampler     the order of the samples, a function of seed and epoch
+    packing     samples -> Batch, packed without padding or padded
+    check       what the data holds, before anything is trained on it
 
 Nothing is imported here, so that reading rows does not wait for torch.
 """

@@ -130,12 +130,6 @@ def overlap(train: Sequence[Example], evaluation: Sequence[Example]) -> Overlap:
     return Overlap(num_exact, len(pairs), len(evaluation), tuple(pairs[:SHOWN]))
 
 
-def count_overlap(train: TokenizedDataset, evaluation: TokenizedDataset) -> int:
-    """How many samples of `evaluation` stand in `train`, token for token."""
-    known = set(train.keys())
-    return sum(key in known for key in evaluation.keys())  # noqa: SIM118
-
-
 def preview(sample: tuple[Int32, Int32], tokenizer: PreTrainedTokenizerBase) -> list[Segment]:
     """A sample (input_ids, labels) as text, cut where labels begin and end: the mask shown is the one trained on."""
     input_ids, labels = sample

@@ -19,6 +19,9 @@ from torch import Tensor
 
 from lorica.data.tokenized import IGNORE, Int64, TokenizedDataset
 
+ROUND_TO = 64
+"""What training and evaluation round packed batches up to: 1.6 % of a batch of 4,096 tokens at most."""
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -50,27 +53,37 @@ class Batch:
         return inputs
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same batch with its tensors on `device`."""
+        """The same batch with what the model computes on moved to `device`; targets and borders are read on the CPU."""
         moved = {
             name: tensor.to(device, non_blocking=True)
-            for name in ("input_ids", "targets", "position_ids", "cu_seqlens", "attention_mask")
+            for name in ("input_ids", "position_ids", "attention_mask")
             if (tensor := getattr(self, name)) is not None
         }
         return replace(self, **moved)
 
 
-def pack(dataset: TokenizedDataset, indices: Sequence[int] | Int64) -> Batch:
-    """One row [1, T] that holds the samples at `indices` behind one another, T being their summed length."""
+def pack(dataset: TokenizedDataset, indices: Sequence[int] | Int64, multiple: int = 1) -> Batch:
+    """One row [1, T] that holds the samples at `indices` behind one another, T being their summed length.
+
+    T is rounded up to a multiple of `multiple` by a filler, a sample of its own that nothing is learned from and that
+    counts nowhere. Kernels are built and kept by shape: a few shapes cost less than a few tokens.
+    """
     input_ids, targets, position_ids, offsets = _flat(dataset, indices)
+    num_samples, num_tokens, max_length = len(offsets) - 1, len(input_ids), int(np.diff(offsets).max())
+    if filler := -num_tokens % multiple:
+        input_ids = np.concatenate([input_ids, np.zeros(filler, np.int64)])
+        targets = np.concatenate([targets, np.full(filler, IGNORE, np.int64)])
+        position_ids = np.concatenate([position_ids, np.arange(filler, dtype=np.int64)])
+        offsets = np.append(offsets, len(input_ids))
     return Batch(
         input_ids=torch.from_numpy(input_ids)[None],
         targets=torch.from_numpy(targets)[None],
         position_ids=torch.from_numpy(position_ids)[None],
         cu_seqlens=torch.from_numpy(offsets.astype(np.int32)),
         attention_mask=None,
-        max_length=int(np.diff(offsets).max()),
-        num_samples=len(offsets) - 1,
-        num_tokens=len(input_ids),
+        max_length=max(max_length, filler),
+        num_samples=num_samples,
+        num_tokens=num_tokens,
         num_targets=int((targets != IGNORE).sum()),
     )
 

@@ -1,16 +1,17 @@
 """Examples to tokens and labels.
 
-A conversation is rendered whole by the chat template, tokenised whole, and the trained characters (`spans`) are
-mapped to tokens by the tokenizer's offsets. Where a token would straddle the border between prompt and answer, the
-text is cut there, since generation starts from a prompt that ends there. Exactly one start token where the tokenizer
-adds one, and the end token is always learned, also when it doubles as the padding token.
+A conversation is rendered whole by the chat template and cut where answers begin and end; the pieces are tokenised.
+So a prompt has the same tokens in training as in generation, where nothing follows it: "\\n\\n" before a word may be
+two tokens, at the end of a prompt it is one. Tokenizers that cannot take a text in pieces tokenise it whole, and
+their offsets tell which tokens are trained. Exactly one start token where the tokenizer adds one, and the end token
+is always learned, also when it doubles as the padding token.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -32,6 +33,13 @@ __all__ = ["Prepared", "Renderer", "RowError", "TokenizedDataset", "TokenizedExa
 
 # Rows tokenised in one call: enough to hide the call's overhead, few enough to keep memory flat.
 CHUNK = 512
+
+PLAIN_TOKENS = {
+    "add_special_tokens": False,
+    "return_attention_mask": False,
+    "return_token_type_ids": False,
+    "verbose": False,
+}
 
 Mask = npt.NDArray[np.bool_]
 Sample = tuple[Int32, Int32]
@@ -60,6 +68,8 @@ class Renderer:
         probe: list[int] = tokenizer("a").input_ids
         self._bos: int | None = tokenizer.bos_token_id
         self._adds_bos = self._bos is not None and probe[:1] == [self._bos]
+        # Tokenizers that begin every text with a blank of their own (SentencePiece) cannot take a text in pieces.
+        self._cuts = not tokenizer.is_fast or _context_free(tokenizer)
 
     @property
     def template(self) -> str:
@@ -95,13 +105,18 @@ class Renderer:
         turns = [index for index, message in enumerate(messages) if message.role == "assistant"]
         if not turns:
             raise RowError("text", "plain text has no prompt to answer")
-        layout = lay_out(messages, tools, self.dialect, turns[-1:])
-        return self._ids(layout.text[: layout.spans[0][0]])
+        layout = lay_out(messages, tools, self.dialect, turns if self.loss_on == "assistant" else turns[-1:])
+        return self._ids(layout.text[: layout.spans[-1][0]], layout.cuts)
 
     def chat_prompt_ids(self, messages: Sequence[Message]) -> list[int]:
         """The conversation so far and the generation prompt. Raises RowError when the template refuses it."""
-        example = Example(tuple(messages), None, (), (), None, "")
-        return self._ids(prompt_text(*spoken(example, self.dialect), self.dialect))
+        turns, tools = spoken(Example(tuple(messages), None, (), (), None, ""), self.dialect)
+        text = prompt_text(turns, tools, self.dialect)
+        answers = [index for index, turn in enumerate(turns) if turn.role == "assistant"]
+        if self.loss_on != "assistant" or not answers:
+            return self._ids(text)
+        history = lay_out(turns, tools, self.dialect, answers)
+        return self._ids(text, history.cuts if text.startswith(history.text) else ())
 
     def reference(self, example: Example) -> str:
         """The last assistant turn's text with its tool calls as JSON; plain text itself."""
@@ -118,7 +133,7 @@ class Renderer:
             return error
         if self.loss_on != "all":
             return layout
-        return Layout(layout.text, ((0, len(layout.text)),), layout.needs_end)
+        return replace(layout, spans=((0, len(layout.text)),))
 
     def _wanted(self, messages: Sequence[Message]) -> list[int]:
         assistant = [index for index, message in enumerate(messages) if message.role == "assistant"]
@@ -135,40 +150,24 @@ class Renderer:
 
     def _encode(self, layouts: Sequence[Layout]) -> Iterator[tuple[Int32, Mask]]:
         """Token ids and which of them are trained, for each layout."""
-        if not self.tokenizer.is_fast:
-            for layout in layouts:
-                yield self._encode_pieces(layout)
-            return
         if not layouts:
             return
-        batch = self.tokenizer(
-            [layout.text for layout in layouts],
-            add_special_tokens=False,
-            return_offsets_mapping=True,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,
-        )
+        if self._cuts:
+            borders = [_borders(layout.text, layout.cuts) for layout in layouts]
+            texts = [
+                layout.text[i:j] for layout, places in zip(layouts, borders, strict=True) for i, j in pairwise(places)
+            ]
+            pieces = iter(self.tokenizer(texts, **PLAIN_TOKENS).input_ids if texts else [])
+            for layout, places in zip(layouts, borders, strict=True):
+                yield _joined([(start, next(pieces)) for start, _ in pairwise(places)], layout)
+            return
+        batch = self.tokenizer([layout.text for layout in layouts], return_offsets_mapping=True, **PLAIN_TOKENS)
         for layout, ids, pairs in zip(layouts, batch["input_ids"], batch["offset_mapping"], strict=True):
             offsets = np.array(pairs, np.int64).reshape(-1, 2)
-            begins, ends = offsets[:, 0], offsets[:, 1]
             trained = np.zeros(len(ids), bool)
-            straddles = False
             for start, end in layout.spans:
-                trained |= (begins < end) & (ends > start)
-                straddles = straddles or bool(((begins < start) & (ends > start)).any())
-            yield self._encode_pieces(layout) if straddles else (np.array(ids, np.int32), trained)
-
-    def _encode_pieces(self, layout: Layout) -> tuple[Int32, Mask]:
-        """The text cut at the borders of its spans, each piece tokenised by itself."""
-        cuts = sorted({0, len(layout.text), *(border for span in layout.spans for border in span)})
-        ids: list[int] = []
-        trained: list[bool] = []
-        for start, end in pairwise(cuts):
-            piece = self._plain_ids(layout.text[start:end])
-            ids += piece
-            trained += [any(left <= start < right for left, right in layout.spans)] * len(piece)
-        return np.array(ids, np.int32), np.array(trained, bool)
+                trained |= (offsets[:, 0] < end) & (offsets[:, 1] > start)
+            yield np.array(ids, np.int32), trained
 
     def _finish(self, ids: Int32, trained: Mask, needs_end: bool) -> Sample | RowError:
         """Start and end tokens, the length limit, and labels."""
@@ -203,14 +202,29 @@ class Renderer:
             count += 1
         return count
 
-    def _ids(self, text: str) -> list[int]:
-        ids = self._plain_ids(text)
+    def _ids(self, text: str, cuts: Sequence[int] = ()) -> list[int]:
+        pieces = [text[start:end] for start, end in pairwise(_borders(text, cuts if self._cuts else ()))]
+        ids = [token for piece in pieces for token in self.tokenizer(piece, **PLAIN_TOKENS).input_ids]
         ids = ids[self._surplus_bos(np.array(ids, np.int32)) :]
         return [self._bos, *ids] if self._adds_bos and self._bos is not None and ids[:1] != [self._bos] else ids
 
-    def _plain_ids(self, text: str) -> list[int]:
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
-        return ids
+
+def _context_free(tokenizer: PreTrainedTokenizerBase) -> bool:
+    first, second, whole = (tokenizer(text, **PLAIN_TOKENS).input_ids for text in ("a\n", "b", "a\nb"))
+    return bool(first + second == whole)
+
+
+def _borders(text: str, cuts: Sequence[int]) -> list[int]:
+    """Where the pieces of `text` begin and end."""
+    return sorted({0, len(text), *(cut for cut in cuts if cut < len(text))})
+
+
+def _joined(pieces: Sequence[tuple[int, Sequence[int]]], layout: Layout) -> tuple[Int32, Mask]:
+    """Ids of pieces (their start in the text, their ids) behind one another, and which of them lie in a span."""
+    sizes = [len(ids) for _, ids in pieces]
+    inside = [any(left <= start < right for left, right in layout.spans) for start, _ in pieces]
+    ids = np.array([token for _, ids in pieces for token in ids], np.int32)
+    return ids, np.repeat(np.array(inside, bool), sizes)
 
 
 @dataclass(frozen=True)

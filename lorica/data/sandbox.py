@@ -11,11 +11,8 @@ a run must tokenise the same on the day it is resumed.
 from __future__ import annotations
 
 import functools
-import json
-import re
 import time
-from collections.abc import Callable, Iterator, Mapping
-from datetime import datetime
+from collections.abc import Callable, Iterator
 from types import BuiltinMethodType, GeneratorType, MethodType
 from typing import Any
 
@@ -28,13 +25,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
-from lorica.errors import DataError
-
-MAX_CHARS = 8_000_000
-MAX_SECONDS = 5.0
-MAX_INT_BITS = 4096
-
-PINNED_DATE = datetime(2025, 1, 1)
+from lorica.data import limits
+from lorica.data.limits import TemplateLimitError, check_operands, check_size, measure
 
 FILTERS = frozenset(
     """
@@ -58,17 +50,9 @@ CONTAINER_METHODS = frozenset(
     """.split()  # noqa: SIM905
 )
 
-# Fields that are 1,000 or more wide, or as wide as an argument says: "%9999d", "%*d" and "{:9999}", "{:{}}".
-WIDE_PERCENT = re.compile(r"%[^%a-zA-Z]*(\d{4,}|\*)")
-WIDE_BRACES = re.compile(r"[:!][^}]*(\d{4,}|\{)")
-
-
-class TemplateLimitError(DataError):
-    """A template that went over the sandbox's limits. Not a fault of one row: every row would meet it."""
-
 
 class Sandbox(ImmutableSandboxedEnvironment):
-    """jinja's sandbox with the hooks that `_Hooks` calls and with limits on operators, calls and filters."""
+    """jinja's sandbox with the hooks that `Hooks` calls and with limits on operators, calls and filters."""
 
     intercepted_binops = frozenset({"+", "*", "**", "%"})
 
@@ -78,27 +62,28 @@ class Sandbox(ImmutableSandboxedEnvironment):
         )
         self.filters = {name: self._filter(self.filters[name]) for name in FILTERS if name in self.filters}
         self.filters |= {
-            "tojson": self._filter(_tojson),
+            "tojson": self._filter(limits.to_json),
             # Nothing is escaped here, and jinja's marked-safe texts would bring methods of their own.
             "safe": self._filter(str),
-            "indent": self._filter(_indent),
+            "indent": self._filter(limits.indent_lines),
+            "format": self._filter(_percent),
             "join": self._filter(self._join),
             "replace": self._filter(self._replace),
         }
         self.globals = {
             "range": self.globals["range"],
-            "dict": dict_of,
+            "dict": _dict_of,
             "namespace": _PublicNamespace,
             "joiner": self.globals["joiner"],
             "cycler": self.globals["cycler"],
             "raise_exception": _raise,
-            "strftime_now": _strftime_now,
+            "strftime_now": limits.strftime_now,
         }
         self.start()
 
     def start(self) -> None:
         """Begin a rendering: a fresh deadline, nothing written yet."""
-        self.deadline = time.thread_time() + MAX_SECONDS
+        self.deadline = time.thread_time() + limits.MAX_SECONDS
         self.num_chars = 0
 
     # Hooks that the rewritten tree calls.
@@ -106,10 +91,10 @@ class Sandbox(ImmutableSandboxedEnvironment):
     def lorica_tick(self, num_chars: int = 0) -> str:
         """One round of a loop or one macro call, whose body holds `num_chars` of literal text."""
         self.num_chars += num_chars
-        if self.num_chars > MAX_CHARS:
-            raise TemplateLimitError(f"more than {MAX_CHARS} characters written")
+        if self.num_chars > limits.MAX_CHARS:
+            raise TemplateLimitError(f"more than {limits.MAX_CHARS} characters written")
         if time.thread_time() > self.deadline:
-            raise TemplateLimitError(f"more than {MAX_SECONDS:g} s of CPU time")
+            raise TemplateLimitError(f"more than {limits.MAX_SECONDS:g} s of CPU time")
         return ""
 
     def lorica_checked(self, value: Any) -> Any:
@@ -117,7 +102,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         if isinstance(value, GeneratorType):
             return self._watched(value)
         if not isinstance(value, Namespace):
-            _measure(value)
+            measure(value)
         return value
 
     def lorica_concat(self, *values: Any) -> str:
@@ -127,7 +112,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
     @jinja2.pass_context
     def _finalize(self, context: Context, value: Any) -> Any:
-        self.lorica_tick(_measure(value))
+        self.lorica_tick(measure(value))
         return value
 
     # What jinja calls.
@@ -135,7 +120,9 @@ class Sandbox(ImmutableSandboxedEnvironment):
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         """An intercepted operator, refused when its result would be too large."""
         self.lorica_tick()
-        _check_operands(operator, left, right)
+        if operator == "+" and type(left) is str and type(right) is str and len(left) + len(right) <= limits.MAX_CHARS:
+            return left + right
+        check_operands(operator, left, right)
         return self.lorica_checked(super().call_binop(context, operator, left, right))
 
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
@@ -157,9 +144,13 @@ class Sandbox(ImmutableSandboxedEnvironment):
         wrapped = super().wrap_str_format(value)
         if wrapped is None:
             return None
-        if WIDE_BRACES.search(value.__self__):
-            raise jinja2.exceptions.SecurityError("a format with wide or computed fields is not for templates")
-        return wrapped
+        inner, form = wrapped, value.__self__
+
+        def limited(*args: Any, **kwargs: Any) -> str:
+            limits.check_format(form, limits.WIDE_BRACES, form.count("{"), [args, kwargs])
+            return inner(*args, **kwargs)
+
+        return limited
 
     # Filters.
 
@@ -169,7 +160,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
             self.lorica_tick()
             for value in args:
                 if isinstance(value, (str, list, tuple, dict)):
-                    _measure(value)
+                    measure(value)
             return self.lorica_checked(function(*args, **kwargs))
 
         return limited
@@ -181,8 +172,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
     def _join(self, values: Any, d: str = "", attribute: str | None = None) -> str:
         items = [self._part(value, attribute) for value in values]
-        if sum(map(len, items)) + len(str(d)) * len(items) > MAX_CHARS:
-            raise TemplateLimitError(f"a text of more than {MAX_CHARS} characters")
+        check_size(sum(map(len, items)) + len(str(d)) * len(items))
         return str(d).join(items)
 
     def _part(self, value: Any, attribute: str | None) -> str:
@@ -191,8 +181,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
     def _replace(self, value: Any, old: str, new: str, count: int = -1) -> str:
         text = str(self.lorica_checked(value))
-        if len(text) + (text.count(old) if old else len(text) + 1) * len(str(new)) > MAX_CHARS:
-            raise TemplateLimitError(f"a text of more than {MAX_CHARS} characters")
+        check_size(len(text) + (text.count(old) if old else len(text) + 1) * len(str(new)))
         return text.replace(old, str(new), -1 if count is None else count)
 
 
@@ -259,73 +248,13 @@ def _check_name(name: Any) -> None:
         raise jinja2.exceptions.SecurityError(f"a namespace takes no underscored name: {name!r}")
 
 
-def _measure(value: Any) -> int:
-    """Characters and items within `value`, each as often as it would be written; TemplateLimitError above the limit."""
-    size, pending = 0, [value]
-    while pending:
-        item = pending.pop()
-        if isinstance(item, str):
-            size += len(item)
-        elif isinstance(item, Mapping):
-            size += 1 + len(item)
-            pending += [*item, *item.values()]
-        elif isinstance(item, (list, tuple)):
-            size += 1 + len(item)
-            pending += item
-        elif isinstance(item, Namespace):
-            raise TemplateLimitError("a namespace used as a value")
-        if size > MAX_CHARS:
-            raise TemplateLimitError(f"a value of more than {MAX_CHARS} characters")
-    return size
+def _percent(form: Any, *args: Any, **kwargs: Any) -> str:
+    check_operands("%", str(form), kwargs or args)
+    return str(form) % (kwargs or args)
 
 
-def _check_operands(operator: str, left: Any, right: Any) -> None:
-    """Refuse an operator whose result would be too large, before it is computed."""
-    if operator == "%" and isinstance(left, str):
-        _measure(right)
-        if WIDE_PERCENT.search(left):
-            raise TemplateLimitError("a format with wide fields")
-    elif operator == "+":
-        if _measure(left) + _measure(right) > MAX_CHARS:
-            raise TemplateLimitError(f"a value of more than {MAX_CHARS} characters")
-    elif isinstance(left, int) and isinstance(right, int):
-        num_bits = left.bit_length() * max(0, right) if operator == "**" else left.bit_length() + right.bit_length()
-        if num_bits > MAX_INT_BITS:
-            raise TemplateLimitError(f"a number of more than {MAX_INT_BITS} bits")
-    elif operator == "*" and (isinstance(left, int) or isinstance(right, int)):
-        value, times = (right, left) if isinstance(left, int) else (left, right)
-        if isinstance(value, (str, list, tuple)) and max(1, _measure(value)) * times > MAX_CHARS:
-            raise TemplateLimitError(f"a value of more than {MAX_CHARS} characters")
-
-
-def _tojson(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | str | None = None,
-    separators: Any = None,
-    sort_keys: bool = False,
-) -> str:
-    """JSON without HTML escapes, as chat templates expect it."""
-    if indent is not None and (not isinstance(indent, int) or indent > 8):
-        raise TemplateLimitError("tojson with a wide indent")
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-def _indent(text: str, width: int | str = 4, first: bool = False, blank: bool = False) -> str:
-    space = " " * min(width, 100) if isinstance(width, int) else width[:100]
-    lines = str(text).split("\n")
-    return "\n".join(space + line if (line or blank) and (index or first) else line for index, line in enumerate(lines))
-
-
-def dict_of(*args: Any, **kwargs: Any) -> dict[Any, Any]:
-    """`dict(...)` of templates."""
+def _dict_of(*args: Any, **kwargs: Any) -> dict[Any, Any]:
     return dict(*args, **kwargs)
-
-
-def _strftime_now(form: str) -> str:
-    if WIDE_PERCENT.search(form):
-        raise TemplateLimitError("a format with wide fields")
-    return PINNED_DATE.strftime(form)
 
 
 def _raise(message: str) -> None:

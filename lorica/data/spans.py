@@ -14,8 +14,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from lorica.data.limits import MAX_CHARS
 from lorica.data.rows import Example, Message, RowError
-from lorica.data.sandbox import MAX_CHARS
 from lorica.data.template import Template, TemplateRefusal
 
 if TYPE_CHECKING:
@@ -51,12 +51,14 @@ class Dialect:
 class Layout:
     """A rendered conversation.
 
-    spans: [start, end) in characters, ascending. needs_end: the tokenizer's end token must follow.
+    spans: [start, end) in characters, ascending. needs_end: the tokenizer's end token must follow. cuts: where answers
+    begin and end, ascending; no token may reach across.
     """
 
     text: str
     spans: tuple[tuple[int, int], ...]
     needs_end: bool
+    cuts: tuple[int, ...] = ()
 
 
 def learn_dialect(template: Template, tokenizer: PreTrainedTokenizerBase) -> Dialect:
@@ -145,10 +147,12 @@ def lay_out(
     for index in wanted:
         start = conversation.start(index)
         end, ended = conversation.end(index, start)
+        if end <= start:
+            raise RowError("template", f"the chat template shows nothing of turn {index + 1} (assistant)")
         needs_end = not ended and index == len(messages) - 1
         spans.append((start, end))
     text = conversation.text[: spans[-1][1]] if needs_end else conversation.text
-    return Layout(text, tuple(spans), needs_end)
+    return Layout(text, tuple(spans), needs_end, tuple(border for span in spans for border in span))
 
 
 def prompt_text(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], dialect: Dialect) -> str:
@@ -196,6 +200,8 @@ class _Conversation:
         stop = len(self.text) if last else self._prefix(index + 1, generation_prompt=False)
         if stop is None:
             stop = self._marked(index)[1]
+            if message.tool_calls:
+                stop = self._before_end_token(index, stop)
             after = self._after_end_token(stop)
             return (stop, False) if after is None else (after, True)
         shown = self.text[start:stop].rstrip()
@@ -215,6 +221,13 @@ class _Conversation:
             start += 1
         found = [token for token in self.dialect.ends if self.text.startswith(token, start)]
         return start + len(max(found, key=len)) if found else None
+
+    def _before_end_token(self, index: int, start: int) -> int:
+        """Where the first end token after `start` stands, behind tool calls in a form of the template's own."""
+        found = [place for token in self.dialect.ends if (place := self.text.find(token, start)) >= 0]
+        if not found:
+            raise self._untraceable(index)
+        return min(found)
 
     def _prefix(self, num_turns: int, *, generation_prompt: bool) -> int | None:
         """Length of the first turns' own rendering, if the whole text begins with it."""
@@ -237,9 +250,12 @@ class _Conversation:
             parts = []
         known = len(parts) == 2 and self.text.startswith(parts[0]) and self.text.endswith(parts[1])
         if not known or len(parts[0]) + len(parts[1]) > len(self.text):
-            where = f"turn {index + 1} ({messages[index].role})"
-            raise RowError("template", f"the chat template rewrites {where}, so its borders cannot be found")
+            raise self._untraceable(index)
         return len(parts[0]), len(self.text) - len(parts[1])
+
+    def _untraceable(self, index: int) -> RowError:
+        where = f"turn {index + 1} ({self.messages[index].role})"
+        return RowError("template", f"the chat template rewrites {where}, so its borders cannot be found")
 
 
 def _render(

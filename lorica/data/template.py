@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 from jinja2 import nodes
 
-from lorica.data.sandbox import Hooks, Sandbox, TemplateLimitError
+from lorica.data.limits import TemplateLimitError
+from lorica.data.sandbox import Hooks, Sandbox
 from lorica.errors import ConfigError
 
 if TYPE_CHECKING:

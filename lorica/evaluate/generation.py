@@ -1,9 +1,9 @@
 """Text from a model: many prompts at once (`generate`), or one as it comes (`stream`).
 
-Both run transformers' own `generate` with its KV cache, so every architecture's special ways are served. Prompts are sorted
-by length and padded on the left behind an attention mask; what a row of a batch gives is what it gives alone (in float32
-exactly; 16-bit sums depend on the batch's shape). Only the arguments here decide: sampling defaults that a base brings in
-its generation_config.json never leak in.
+Both run transformers' own `generate` with its KV cache, so every architecture's special ways are served. Prompts are
+sorted by length and padded on the left behind an attention mask; what a row of a batch gives is what it gives alone (in
+float32; 16-bit sums depend on the batch's shape). Only the arguments here decide: sampling defaults that a base brings
+in its generation_config.json never leak in.
 
 What it gives up: a batch runs until its longest answer is done; there is no continuous batching.
 """
@@ -17,8 +17,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
-from transformers.generation.streamers import BaseStreamer
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList
 
 from lorica.errors import DataError
 
@@ -43,7 +42,7 @@ def generate(
         prompts: token ids, each at least one.
         temperature: 0 takes the most probable token; above, tokens are drawn.
         top_p: draw from the most probable tokens that together reach this probability.
-        seed: the same seed, prompts and batch size draw the same tokens; torch's global generators are left as they were.
+        seed: the same seed, prompts and batch size draw the same tokens; torch's own generators stay as they were.
 
     Raises:
         DataError: a prompt is empty, or leaves no room for `max_new_tokens` in the model's context. Lists them all.
@@ -83,7 +82,9 @@ def stream(
         DataError: as `generate`.
     """
     check_prompts(model, [prompt], max_new_tokens)
-    return decode_pieces(tokenizer, _stream_ids(model, tokenizer, prompt, max_new_tokens, stop_ids, temperature, top_p, seed))
+    pad_id = _pad_id(tokenizer, stop_ids)
+    config = _config(max_new_tokens, stop_ids, pad_id, temperature, top_p)
+    return decode_pieces(tokenizer, _stream_ids(model, prompt, config, stop_ids, seed))
 
 
 def context_length(model: PreTrainedModel) -> int | None:
@@ -116,9 +117,9 @@ def check_prompts(
 def decode_pieces(tokenizer: PreTrainedTokenizerBase, ids: Iterable[int]) -> Generator[str, None, None]:
     """Text of `ids` in pieces, each given as soon as its last character is whole.
 
-    A byte-level vocabulary splits a character of several bytes over several tokens: until its last byte is there, it decodes to
-    U+FFFD and is held back. A window of tokens is decoded together, since some tokenizers drop or add a space at the
-    start.
+    A byte-level vocabulary splits a character of several bytes over several tokens: until its last byte is there, it
+    decodes to U+FFFD and is held back. A window of tokens is decoded together, since some tokenizers drop or add a
+    space at the start.
     """
 
     def decode(window: list[int]) -> str:
@@ -143,7 +144,11 @@ def _config(
 ) -> GenerationConfig:
     sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0} if temperature > 0 else {}
     return GenerationConfig(
-        max_new_tokens=max_new_tokens, eos_token_id=list(stop_ids) or None, pad_token_id=pad_id, use_cache=True, **sampling
+        max_new_tokens=max_new_tokens,
+        eos_token_id=list(stop_ids) or None,
+        pad_token_id=pad_id,
+        use_cache=True,
+        **sampling,
     )
 
 
@@ -183,14 +188,15 @@ def _until_stop(ids: list[int], stop_ids: Sequence[int]) -> list[int]:
     return ids[:end]
 
 
-class _Ids(BaseStreamer):
-    """Hands each new token to another thread; the first thing that `generate` puts is the prompt."""
+class _Ids:
+    """What `generate` takes as a streamer: hands each new token to another thread."""
 
     def __init__(self) -> None:
         self.queue: queue.SimpleQueue[int | BaseException | None] = queue.SimpleQueue()
         self.prompt_seen = False
 
     def put(self, value: Tensor) -> None:
+        # The prompt comes first.
         if self.prompt_seen:
             self.queue.put(int(value.reshape(-1)[0]))
         self.prompt_seen = True
@@ -199,31 +205,15 @@ class _Ids(BaseStreamer):
         self.queue.put(None)
 
 
-class _Closed(StoppingCriteria):
-    """Stops `generate` once nobody reads any more."""
-
-    def __init__(self) -> None:
-        self.event = threading.Event()
-
-    def __call__(self, input_ids: Tensor, scores: Tensor, **_: object) -> Tensor:
-        return torch.full((input_ids.shape[0],), self.event.is_set(), device=input_ids.device)
-
-
 def _stream_ids(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompt: Sequence[int],
-    max_new_tokens: int,
-    stop_ids: Sequence[int],
-    temperature: float,
-    top_p: float,
-    seed: int,
+    model: PreTrainedModel, prompt: Sequence[int], config: GenerationConfig, stop_ids: Sequence[int], seed: int
 ) -> Iterator[int]:
     """New ids as `generate`, running in a thread of its own, finds them."""
-    pad_id = _pad_id(tokenizer, stop_ids)
-    config = _config(max_new_tokens, stop_ids, pad_id, temperature, top_p)
-    input_ids, attention_mask = _left_padded([prompt], pad_id, model.device)
-    ids, closed = _Ids(), _Closed()
+    input_ids, attention_mask = _left_padded([prompt], config.pad_token_id, model.device)
+    ids, closed = _Ids(), threading.Event()
+
+    def is_closed(input_ids: Tensor, scores: Tensor, **_: object) -> Tensor:
+        return torch.full((input_ids.shape[0],), closed.is_set(), device=input_ids.device)
 
     def work() -> None:
         try:
@@ -233,7 +223,7 @@ def _stream_ids(
                     attention_mask=attention_mask,
                     generation_config=config,
                     streamer=ids,
-                    stopping_criteria=StoppingCriteriaList([closed]),
+                    stopping_criteria=StoppingCriteriaList([is_closed]),
                 )
         except BaseException as error:
             # Raised again where the answer is read: an error in a thread would only be printed.
@@ -249,5 +239,5 @@ def _stream_ids(
                 return
             yield item
     finally:
-        closed.event.set()
+        closed.set()
         worker.join()

@@ -1,7 +1,7 @@
 """Generated text against references: exact match, BLEU, ROUGE-L, chrF, each from 0 to 100.
 
-BLEU (Papineni et al. 2002) and chrF (Popović 2015) are sacrebleu's corpus scores; ROUGE-L (Lin 2004) is rouge-score's F1
-with the best reference, averaged. Chinese is written without spaces: BLEU then takes sacrebleu's `zh` tokenizer, and
+BLEU (Papineni et al. 2002) and chrF (Popović 2015) are sacrebleu's corpus scores; ROUGE-L (Lin 2004) is rouge-score's
+F1 with the best reference, averaged. Chinese is written without spaces: BLEU then takes sacrebleu's `zh` tokenizer, and
 ROUGE-L a tokenizer of ours that takes such characters singly (rouge-score's own drops everything but a-z and 0-9).
 
 What it gives up: stemming, and word segmentation of Chinese, Japanese and Thai.
@@ -98,7 +98,7 @@ def _streams(predictions: Sequence[str], references: References) -> list[list[st
 
 def _check(predictions: Sequence[str], references: References) -> None:
     if len(predictions) != len(references):
-        raise DataError(f"{len(predictions)} predictions cannot be scored against {len(references)} sets of references.")
+        raise DataError(f"{len(predictions)} predictions cannot be scored against references for {len(references)}.")
     if not predictions:
         raise DataError("There are no predictions to score.")
     bare = [index for index, several in enumerate(references) if not any(text.strip() for text in several)]

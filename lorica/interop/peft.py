@@ -4,10 +4,10 @@
     adapter_model.safetensors    base_model.model.<module>.lora_A.weight and the like
     lorica.json                  fingerprint of the base, hashes of the other two: what PEFT has no place for
 
-A folder is read with suspicion: JSON of bounded size, safetensors only, and every name and shape is compared with the model
-before anything is allocated. A field that would change the result and that we do not implement refuses with its name; an
-adapter made for another base is refused by fingerprint. PEFT's own folders have no `lorica.json`; names and shapes guard
-them.
+A folder is read with suspicion: JSON of bounded size, safetensors only, and every name and shape is compared with the
+model before anything is allocated. A field that would change the result and that we do not implement refuses with its
+name; an adapter made for another base is refused by fingerprint. PEFT's own folders have no `lorica.json`; names and
+shapes guard them.
 
 Written for PEFT 0.21.2; the tests exchange folders with it both ways.
 """
@@ -179,7 +179,8 @@ def _most_common(values: Any) -> Any:
 
 
 def _target_names(model: nn.Module, names: list[str]) -> list[str]:
-    """PEFT matches a target as a whole name or a tail of it: a tail where that selects the same modules, else all names.
+    """PEFT matches a target as a whole name or a tail of it: a tail where that selects the same modules, else all
+    names.
 
     vLLM reads the tails.
     """
@@ -267,7 +268,9 @@ def _modules(shapes: Mapping[str, tuple[int, ...]], model: nn.Module, folder: Pa
         elif not _is_copy_of_base(key):
             unknown.append(key)
     faults = [f"{key} is no LoRA tensor" for key in unknown]
-    faults += [f"{name} has lora_{'A' if 'A' in parts else 'B'} only" for name, parts in names.items() if len(parts) < 2]
+    faults += [
+        f"{name} has lora_{'A' if 'A' in parts else 'B'} only" for name, parts in names.items() if len(parts) < 2
+    ]
     present = dict(model.named_modules())
     faults += [f"{name} is no module of {type(model).__name__}" for name in names if name not in present]
     if not names:
@@ -332,7 +335,7 @@ def _copy_weights(model: nn.Module, file: Any, folder: Path) -> None:
     for key in file.keys():  # noqa: SIM118 - not a dict
         if _is_copy_of_base(key):
             module = model.get_submodule(key.removeprefix(_PREFIX).removesuffix(".weight").removesuffix(".base_layer"))
-            if not torch.equal(file.get_tensor(key).to(module.weight), module.weight):  # type: ignore[arg-type, operator]
+            if not torch.equal(file.get_tensor(key).to(module.weight), module.weight):  # type: ignore[arg-type]
                 faults.append(f"{key} is not the base's: a trained embedding or head cannot be loaded")
     _refuse(folder, faults)
 
@@ -341,5 +344,3 @@ def _refuse(folder: Path, faults: list[str]) -> None:
     if faults:
         shown = faults[:10] + ([f"and {len(faults) - 10} more"] if len(faults) > 10 else [])
         raise AdapterError(f"{folder} does not fit this model:\n  " + "\n  ".join(shown))
-
-

@@ -1,8 +1,8 @@
 """Putting adapters on a model and taking them off: `adapt`, `adapters`, `merge`, `detach`.
 
 `adapt` changes the model in place: each target module is replaced by an adapter that holds it as `base`, and everything
-else is frozen. The base's tensors are never written, so `detach` gives the model back bit for bit, and `merge` returns a
-NEW model that shares every tensor that no adapter touched: its extra memory is the merged weights alone.
+else is frozen. The base's tensors are never written, so `detach` gives the model back bit for bit, and `merge`
+returns a NEW model that shares every tensor that no adapter touched: its extra memory is the merged weights alone.
 """
 
 from __future__ import annotations
@@ -53,7 +53,9 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def detach(model: Model) -> Model:
-    """Take every adapter off, in place: the base again, bit for bit. Adapted weights are lost unless they were saved."""
+    """Take every adapter off, in place: the base again, bit for bit. Adapted weights are lost unless they were
+    saved.
+    """
     for name, adapter in adapters(model).items():
         _replace(model, name, adapter.base)
     return model
@@ -80,7 +82,9 @@ def resolve_targets(model: nn.Module, options: MethodOptions) -> list[str]:
     Raises:
         TargetError: for every pattern that is no regular expression or matches nothing that can be wrapped.
     """
-    candidates = {name: m for name, m in model.named_modules() if isinstance(m, options.linear_kinds + options.other_kinds)}
+    candidates = {
+        name: m for name, m in model.named_modules() if isinstance(m, options.linear_kinds + options.other_kinds)
+    }
     for name in _inside_attention(model):
         candidates.pop(name, None)
     patterns = (options.targets,) if isinstance(options.targets, str) else tuple(options.targets)
@@ -88,7 +92,9 @@ def resolve_targets(model: nn.Module, options: MethodOptions) -> list[str]:
         head = _output_head(model)
         names = [n for n, m in candidates.items() if isinstance(m, options.linear_kinds) and m is not head]
         if not names:
-            raise TargetError(f"targets all-linear: {type(model).__name__} has no linear layer besides its output head.")
+            raise TargetError(
+                f"targets all-linear: {type(model).__name__} has no linear layer besides its output head."
+            )
         return names
     matches = {pattern: _matching(pattern, candidates) for pattern in patterns}
     faults = [_no_match(p, model, candidates) for p, found in matches.items() if not found]

@@ -3,8 +3,8 @@
     y = W x + b + s B A x,    A [rank, in],  B [out, rank],  s = alpha / rank   (rsLoRA: alpha / sqrt(rank))
 
 A and B are float32 masters and the product runs in the input's dtype, so a bfloat16 base trains without float32 matrix
-products and without losing small updates. The update is added inside the second matrix product (`addmm`), which saves one
-pass over y. Dropout acts on x, on the adapter's branch only.
+products and without losing small updates. The update is added inside the second matrix product (`addmm`), which saves
+one pass over y. Dropout acts on x, on the adapter's branch only.
 
 What it gives up: nothing is fused across projections that read the same x, and merging needs the base's dense weight.
 """

@@ -5,7 +5,7 @@ attention can cross a border, no [tokens, tokens] mask exists, and no padding is
 Whether a model hands `cu_seqlens` to every one of its layers is not guessed from its name: `packing_support` runs the
 architecture on fake tensors, which have no memory, with a function that records what arrives.
 
-What it gives up: a packed batch costs one kernel call a sample (runs of equal length share one).
+What it gives up: samples of one group of lengths are filled up to the longest of it, inside attention only.
 
 Shapes: B batch, H heads, K key-value heads (K divides H), T tokens, D head size.
 """
@@ -13,11 +13,14 @@ Shapes: B batch, H heads, K key-value heads (K divides H), T tokens, D head size
 from __future__ import annotations
 
 import copy
-import itertools
 import warnings
+import weakref
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -74,7 +77,7 @@ def attention(
     if cu_seq_lens_q is None:
         out = attend(query, key, value, attention_mask)
     else:
-        out = _packed(attend, query, key, value, _lengths(cu_seq_lens_q))
+        out = _packed(attend, query, key, value, cu_seq_lens_q, causal)
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -103,27 +106,111 @@ def mask(
     return result
 
 
-def _packed(attend: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor, lengths: list[int]) -> Tensor:
-    if sum(lengths) != query.shape[2]:
-        raise ValueError(f"cu_seqlens cover {sum(lengths)} tokens, but the packed batch has {query.shape[2]}.")
-    # Runs of equal length become one batch; `split` and `cat` are each other's backward, so nothing is gathered.
-    runs = [(length, len(list(group))) for length, group in itertools.groupby(lengths)]
-    sizes = [length * count for length, count in runs]
+@dataclass(frozen=True)
+class _Layout:
+    """How the samples of one packed batch are cut into groups of one length each.
+
+    groups: (samples, length) of each; a group's rows follow each other in the gathered tensor.
+    gather [M]: the token that goes to each of the M rows, filler rows repeating a token. inverse [T]: each token's row.
+    filler: the rows that are filler. All None where the batch is one group as it stands.
+    """
+
+    groups: tuple[tuple[int, int], ...]
+    gather: Tensor | None
+    inverse: Tensor | None
+    filler: Tensor | None
+
+
+def _packed(
+    attend: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, causal: bool
+) -> Tensor:
+    """[1, H, T, D] from packed [1, H, T, D], [1, K, T, D] twice.
+
+    Samples of about one length share a call: they are gathered into [samples, H, length, D], the shorter ones filled up
+    behind their end, where causal attention never looks. Kernels see a few shapes and a few calls, not one a sample.
+    """
+    layout = _layout_of(cu_seqlens, query.shape[2], query.device, causal)
+    rows = [t[0].transpose(0, 1) for t in (query, key, value)]
+    if layout.gather is not None:
+        rows = [_reordered(t, layout.gather, layout.inverse, None) for t in rows]
+    sizes = [count * length for count, length in layout.groups]
     parts = []
-    for (length, count), q, k, v in zip(runs, *(t.split(sizes, dim=2) for t in (query, key, value)), strict=True):
-        out = attend(*(_fold(t, count, length) for t in (q, k, v)), None)
-        parts.append(out.transpose(0, 1).reshape(1, out.shape[1], count * length, out.shape[3]))
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+    for (count, length), *group in zip(layout.groups, *(torch.split(t, sizes) for t in rows), strict=True):
+        # [samples * length, H, D] -> [samples, H, length, D], a view.
+        out = attend(*(t.unflatten(0, (count, length)).transpose(1, 2) for t in group), None)
+        parts.append(out.transpose(1, 2).flatten(0, 1))
+    out = parts[0] if len(parts) == 1 else torch.cat(parts)
+    if layout.gather is not None:
+        out = _reordered(out, layout.inverse, layout.gather, layout.filler)
+    return out.transpose(0, 1)[None]
 
 
-def _fold(t: Tensor, count: int, length: int) -> Tensor:
-    """[1, H, count * length, D] -> [count, H, length, D] without a copy."""
-    return t.unflatten(2, (count, length)).squeeze(0).transpose(0, 1)
+class _Reorder(torch.autograd.Function):
+    """Rows by an index whose inverse is known: backward gathers too, where index_select would scatter and add.
+
+    `dead` rows of the gradient belong to nothing and are zero.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, index: Tensor, inverse: Tensor, dead: Tensor | None) -> Tensor:
+        ctx.save_for_backward(inverse)
+        ctx.dead = dead
+        return rows.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        (inverse,) = ctx.saved_tensors
+        grad = grads[0].index_select(0, inverse)
+        return grad if ctx.dead is None else grad.index_fill_(0, ctx.dead, 0), None, None, None
 
 
-def _lengths(cu_seqlens: Tensor) -> list[int]:
-    borders = cu_seqlens.detach().cpu().numpy()
-    return [int(n) for n in borders[1:] - borders[:-1]]
+def _reordered(rows: Tensor, index: Tensor | None, inverse: Tensor | None, dead: Tensor | None) -> Tensor:
+    result: Tensor = _Reorder.apply(rows, index, inverse, dead)  # type: ignore[no-untyped-call]
+    return result
+
+
+# All layers of a forward pass ask for the layout of the same borders.
+_last_layout: tuple[weakref.ref[Tensor], torch.device, bool, _Layout] | None = None
+
+
+def _layout_of(cu_seqlens: Tensor, num_tokens: int, device: torch.device, causal: bool) -> _Layout:
+    global _last_layout
+    if _last_layout is not None:
+        borders, place, direction, layout = _last_layout
+        if borders() is cu_seqlens and place == device and direction == causal:
+            return layout
+    layout = _make_layout(cu_seqlens.detach().cpu().numpy(), num_tokens, device, causal)
+    _last_layout = (weakref.ref(cu_seqlens), device, causal, layout)
+    return layout
+
+
+def _make_layout(borders: npt.NDArray[np.int64], num_tokens: int, device: torch.device, causal: bool) -> _Layout:
+    starts, lengths = borders[:-1].astype(np.int64), np.diff(borders).astype(np.int64)
+    if int(lengths.sum()) != num_tokens:
+        raise ValueError(f"cu_seqlens cover {int(lengths.sum())} tokens, but the packed batch has {num_tokens}.")
+    if (lengths == lengths[0]).all():
+        return _Layout(((len(lengths), int(lengths[0])),), None, None, None)
+    # Without causality a query would look at the filler, so only samples of exactly one length share a call.
+    rounded = _round_up(lengths) if causal else lengths
+    groups, tokens, real = [], [], []
+    for length in np.unique(rounded):
+        members = np.flatnonzero(rounded == length)
+        groups.append((len(members), int(length)))
+        within = np.arange(length)
+        tokens.append((starts[members, None] + np.minimum(within, lengths[members, None] - 1)).ravel())
+        real.append((within < lengths[members, None]).ravel())
+    gather, is_real = np.concatenate(tokens), np.concatenate(real)
+    inverse = np.empty(num_tokens, np.int64)
+    inverse[gather[is_real]] = np.flatnonzero(is_real)
+    filler = np.flatnonzero(~is_real)
+    index = [torch.from_numpy(t).to(device) for t in (gather, inverse, filler)]
+    return _Layout(tuple(groups), *index)
+
+
+def _round_up(lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Up to the next multiple of 16, 64 or 256, whichever adds at most about an eighth to a long sample."""
+    step = np.where(lengths <= 128, 16, np.where(lengths <= 1024, 64, 256))
+    return -(-lengths // step) * step
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, dropout: float, causal: bool) -> Tensor:
@@ -168,7 +255,9 @@ def _explicit(
 
 def _band(q_length: int, kv_length: int, window: int, device: torch.device) -> Tensor:
     """[1, 1, T, Tk]: True where a query sees a key, itself and the window - 1 positions before it."""
-    behind = torch.arange(q_length, device=device)[:, None] + (kv_length - q_length) - torch.arange(kv_length, device=device)
+    behind = (
+        torch.arange(q_length, device=device)[:, None] + (kv_length - q_length) - torch.arange(kv_length, device=device)
+    )
     return ((behind >= 0) & (behind < window))[None, None]
 
 
@@ -176,7 +265,8 @@ def packing_support(config: PretrainedConfig) -> str | None:
     """None if this architecture can train on packed batches with our attention; else the reason why not.
 
     The architecture runs once on fake tensors (no weights, tens of milliseconds) with an attention function that only
-    records: every layer must call it, hand over `cu_seqlens`, and hand over its sliding window where the config has one.
+    records: every layer must call it, hand over `cu_seqlens`, and hand over its sliding window where the config has
+    one.
     """
     calls: list[dict[str, Any]] = []
 

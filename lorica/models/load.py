@@ -1,7 +1,7 @@
 """Loading a base: any folder in Hugging Face format, any hub id, or the model embedded in the package.
 
-Safe and quiet on purpose: a local folder never touches the network, weights come from safetensors only (no pickle), and no
-code from a model folder is ever run. Our attention is set where the architecture allows it.
+Safe and quiet on purpose: a local folder never touches the network, weights come from safetensors only (no pickle),
+and no code from a model folder is ever run. Our attention is set where the architecture allows it.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ def load_model(
 
     Args:
         base: a folder in Hugging Face format, a hub id, or `"embedded"`.
-        dtype: a torch dtype or its name. None or `"auto"`: the checkpoint's own, but float32 on a CPU that would emulate
+        dtype: a torch dtype or its name. None or `"auto"`: the checkpoint's own, but float32 on a CPU that would
+        emulate
             a 16-bit type.
         device: None or `"auto"`: CUDA if there is one, else the CPU.
         revision: of a hub id.
@@ -70,7 +71,7 @@ def load_model(
         raise ModelError(f"{base}: the model cannot be loaded. {type(error).__name__}: {error}") from error
     if model._can_set_attn_implementation():
         model.set_attn_implementation(attention.NAME)
-    return model.to(place).eval()  # type: ignore[arg-type]
+    return model.to(place).eval()
 
 
 def load_tokenizer(base: str | Path, *, revision: str | None = None) -> PreTrainedTokenizerBase:
@@ -133,8 +134,9 @@ def _cpu_computes(dtype: torch.dtype) -> bool:
 def base_fingerprint(model: nn.Module) -> str:
     """A short hash that tells one base's weights from another's: 64 hexadecimal digits.
 
-    It covers the name and shape of every frozen tensor of the base and up to 64 values of each, spread over it, rounded to
-    bfloat16, so the same checkpoint gives the same fingerprint whichever dtype it is loaded in, adapted or not.
+    It covers the name and shape of every frozen tensor of the base and up to 64 values of each, spread over it,
+    rounded to bfloat16, so the same checkpoint gives the same fingerprint whichever dtype it is loaded in, adapted or
+    not.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(_base_tensors(model).items()):
@@ -148,13 +150,13 @@ def base_fingerprint(model: nn.Module) -> str:
 def _base_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     # An adapter holds the module it wraps as `base`, and what it adds is float32 beside it.
     wrapped = {name for name, module in model.named_modules() if "base" in module._modules and name}
-    tensors = {}
+    tensors: dict[str, torch.Tensor] = {}
     for name, parameter in model.named_parameters():
         owner = next((w for w in wrapped if name.startswith(f"{w}.")), None)
         if owner is None:
             tensors[name] = parameter
         elif name.startswith(f"{owner}.base."):
-            tensors[f"{owner}.{name[len(owner) + 6:]}"] = parameter
+            tensors[f"{owner}.{name[len(owner) + 6 :]}"] = parameter
     return tensors
 
 

@@ -1,13 +1,13 @@
 """Next-token cross-entropy that never makes the [tokens, vocabulary] logits.
 
-The model runs up to its last hidden states; only the positions that are trained go through the output head, a few hundred
-at a time, and each chunk's gradient is taken on the spot, so what survives a chunk is one gradient of the hidden states
-(Cut Cross-Entropy, arXiv 2411.09009, and Liger, arXiv 2410.10989, keep as little; theirs are CUDA kernels). With a
-vocabulary of 49,152 and 2,048 tokens that replaces 400 MB of float32 logits, and as much again for their gradient, by
-one chunk of 64 MB.
+The model runs up to its last hidden states; only the positions that are trained go through the output head, a few
+hundred at a time, and each chunk's gradient is taken on the spot, so what survives a chunk is one gradient of the
+hidden states (Cut Cross-Entropy, arXiv 2411.09009, and Liger, arXiv 2410.10989, keep as little; theirs are CUDA
+kernels). With a vocabulary of 49,152 and 2,048 tokens that replaces 400 MB of float32 logits, and as much again for
+their gradient, by one chunk of 64 MB.
 
-What a model does to its logits after the head (scaling, soft-capping) is checked, not trusted: `make_loss` compares with
-the model's own logits once, on a few tokens. Where nothing matches, the model computes its logits itself, at the
+What a model does to its logits after the head (scaling, soft-capping) is checked, not trusted: `make_loss` compares
+with the model's own logits once, on a few tokens. Where nothing matches, the model computes its logits itself, at the
 trained positions only.
 
 What it gives up: evaluation and training make their logits twice if both are asked for.
@@ -28,6 +28,7 @@ from transformers import PreTrainedModel
 
 IGNORED = -100
 _CHUNK_BYTES = 1 << 26
+_ROUND_TO = 64
 
 LossFunction = Callable[[PreTrainedModel, Mapping[str, Any], Tensor], Tensor]
 """(model, keywords for the model, targets [B, T] on the CPU) -> sum of the token losses, a float32 scalar.
@@ -83,17 +84,20 @@ def chunked_cross_entropy(
         float32 scalar; zero for N = 0. The gradient reaches `hidden` and the head's trainable parameters.
     """
     whole = head if after is None else lambda rows: after(head(rows))
-    vocabulary = getattr(head, "out_features", None) or head.weight.shape[0]  # type: ignore[union-attr]
-    chunk = max(16, _CHUNK_BYTES // (8 * int(vocabulary)))
-    parameters = [p for p in head.parameters() if p.requires_grad]
-    return cast(Tensor, _ChunkedCrossEntropy.apply(hidden, targets, whole, chunk, *parameters))
+    vocabulary = cast(Tensor, head.weight).shape[0]
+    chunk = max(16, _CHUNK_BYTES // (8 * vocabulary))
+    parameters = [p for p in head.parameters() if p.requires_grad] if torch.is_grad_enabled() else []
+    loss: Tensor = _ChunkedCrossEntropy.apply(hidden, targets, whole, chunk, *parameters)  # type: ignore[no-untyped-call]
+    return loss
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     """Forward computes the gradient as well: a chunk's logits exist once, and backward only scales."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, targets: Tensor, head: Callable[[Tensor], Tensor], chunk: int, *parameters: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, targets: Tensor, head: Callable[[Tensor], Tensor], chunk: int, *parameters: Tensor
+    ) -> Tensor:
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         wants_hidden = ctx.needs_input_grad[0]
         wants = wants_hidden or bool(parameters)
@@ -102,7 +106,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         for begin in range(0, hidden.shape[0], chunk):
             rows = hidden[begin : begin + chunk].detach().requires_grad_(wants_hidden)
             with torch.set_grad_enabled(wants):
-                logits = head(rows)
+                # The last chunk is rounded up: matrix kernels are built and kept by shape.
+                logits = head(F.pad(rows, (0, 0, 0, -rows.shape[0] % _ROUND_TO)))[: rows.shape[0]]
             loss, grad_logits = _softmax_cross_entropy(logits.detach(), targets[begin : begin + chunk], wants)
             total += loss
             if grad_logits is None:

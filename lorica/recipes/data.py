@@ -65,8 +65,9 @@ def check(target: str, overrides: Sequence[str] = ()) -> DataCheck:
 
     config = configuration(target, overrides)
     data = config.data
-    # Rows that are too long are wanted in the report, also where they are an error.
-    renderer = _renderer(config, too_long="truncate" if data.too_long == "truncate" else "drop")
+    # Rows that are too long are wanted in the report; where they are an error, they are refused below.
+    lenient = "truncate" if data.too_long == "truncate" else "drop"
+    renderer = _renderer(config.model_copy(update={"data": data.model_copy(update={"too_long": lenient})}))
     train = _read(config, renderer, data.train, data.split)
     evaluation = _read(config, renderer, data.eval, data.eval_split) if isinstance(data.eval, str) else None
     num_held_out, refusals = 0, [_refusal(config, prepared) for prepared in (train, evaluation) if prepared]
@@ -103,24 +104,17 @@ def preview(target: str, overrides: Sequence[str] = (), *, rows: int = 3, first:
         raise DataError(
             f"{data.train}: there is no row {first}; {len(loaded.examples)} of the first {loaded.num_rows} can be read."
         )
-    renderer = _renderer(config, too_long=data.too_long)
+    renderer = _renderer(config)
     samples = [_sample(renderer, example) for example in examples]
     _print_samples(samples)
     return samples
 
 
-def _renderer(config: RunConfig, *, too_long: str) -> Renderer:
-    from lorica.data.render import Renderer
+def _renderer(config: RunConfig) -> Renderer:
     from lorica.models.load import load_tokenizer
+    from lorica.recipes.preparing import make_renderer
 
-    data = config.data
-    return Renderer(
-        load_tokenizer(config.model.base, revision=config.model.revision),
-        loss_on=data.loss_on,
-        max_length=data.max_length,
-        template=data.template,
-        too_long=too_long,
-    )
+    return make_renderer(config, load_tokenizer(config.model.base, revision=config.model.revision))
 
 
 def _read(config: RunConfig, renderer: Renderer, source: str, split: str | None) -> Prepared:

@@ -1,8 +1,8 @@
 """`lorica eval`: how well a run's adapter does on held-out rows, beside its own base.
 
-The base is loaded once: it is measured plain, then the adapter is put on it and the same rows are measured again. Loss and
-perplexity are over every row; answers are generated greedily for up to `max_samples` of them, spread evenly over the data,
-and compared with all references of their row.
+The base is loaded once: it is measured plain, then the adapter is put on it and the same rows are measured again. Loss
+and perplexity are over every row; answers are generated greedily for up to `max_samples` of them, spread evenly over
+the data, and compared with all references of their row.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lorica.config import RunConfig, load_config
 from lorica.data.render import Renderer, TokenizedDataset, load_dataset
 from lorica.data.rows import Example
-from lorica.errors import ConfigError, DataError
-from lorica.evaluate.generation import check_prompts, generate as generate_ids
+from lorica.errors import ConfigError
+from lorica.evaluate.generation import check_prompts
+from lorica.evaluate.generation import generate as generate_ids
 from lorica.evaluate.likelihood import likelihood, summarize
 from lorica.evaluate.text_metrics import score
 from lorica.files import write_json
@@ -31,14 +31,14 @@ from lorica.recipes.opening import Source, find_source
 from lorica.recipes.preparing import prepare
 from lorica.recipes.train import evaluation_batches
 
-ALL = "all"
 SHOWN_SAMPLES = 3
+_SHOWN_CHARACTERS = 80
 _SCORES = ("exact_match", "bleu", "rouge_l", "chrf")
 
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """Loss in nats a token; perplexity; exact match, BLEU, ROUGE-L and chrF from 0 to 100, None where nothing was generated."""
+    """loss: nats a token. exact_match, bleu, rouge_l, chrf: 0 to 100, None where nothing was generated."""
 
     loss: float
     perplexity: float
@@ -84,11 +84,11 @@ class EvaluationReport:
 
 @dataclass(frozen=True)
 class _Rows:
-    """The rows to measure, and which of them to answer. groups: row indices by task, all of them under `ALL`."""
+    """The rows to measure, and which of them to answer. groups: row indices by task, all of them under None."""
 
     dataset: TokenizedDataset
     examples: list[Example]
-    groups: dict[str, list[int]]
+    groups: dict[str | None, list[int]]
     answered: list[int]
     prompts: list[list[int]]
     references: list[tuple[str, ...]]
@@ -96,9 +96,9 @@ class _Rows:
 
 @dataclass(frozen=True)
 class _Measured:
-    """One model's figures. totals: summed -ln p and trained tokens by task. answers: text by row index."""
+    """One model's figures. totals: summed -ln p and trained tokens of each group. answers: text by row index."""
 
-    totals: dict[str, tuple[float, int]]
+    totals: dict[str | None, tuple[float, int]]
     answers: dict[int, str]
 
 
@@ -142,9 +142,12 @@ def evaluate(
     load_adapter(model, source.adapter).eval()
     after = _measure(model, loss_fn, tokenizer, renderer, rows, config)
 
-    tasks = {task: _task_report(task, rows, before, after) for task in rows.groups}
     report = EvaluationReport(
-        run=str(folder), data=name, all=tasks.pop(ALL), tasks=tasks, samples=_samples(rows, tokenizer, before, after)
+        run=str(folder),
+        data=name,
+        all=_task_report(None, rows, before, after),
+        tasks={task: _task_report(task, rows, before, after) for task in rows.groups if task is not None},
+        samples=_samples(rows, tokenizer, before, after),
     )
     write_json(folder / "evaluation.json", console.jsonable(report))
     show(report)
@@ -154,7 +157,7 @@ def evaluate(
 def show(report: EvaluationReport) -> None:
     """Print the report's table, and its first answers side by side."""
     rows: list[list[object]] = []
-    for task, part in {**report.tasks, ALL: report.all}.items():
+    for task, part in (*report.tasks.items(), ("all", report.all)):
         rows += _table_rows(task, part)
     columns = ["task", "rows", "model", "loss", "perplexity"]
     if report.all.num_generated:
@@ -164,8 +167,8 @@ def show(report: EvaluationReport) -> None:
     if shown:
         sides = ["base", "adapter"] if report.all.base is not None else ["adapter"]
         answers = [report.samples[index] for index in shown]
-        cells = [[s.prompt, s.references[0], *([s.base] if len(sides) == 2 else []), s.adapter] for s in answers]
-        console.table("Answers", ["prompt", "reference", *sides], cells)
+        texts = [[s.prompt, s.references[0], *([s.base or ""] if len(sides) == 2 else []), s.adapter] for s in answers]
+        console.table("Answers", ["prompt", "reference", *sides], [[_shortened(text) for text in row] for row in texts])
 
 
 def _open_run(run: Path | str, overrides: Sequence[str]) -> tuple[Path, Source]:
@@ -210,11 +213,11 @@ def _load_rows(
 
 def _choose(dataset: TokenizedDataset, examples: list[Example], renderer: Renderer, limit: int) -> _Rows:
     """The rows by task, and the conversations among them that are answered."""
-    groups: dict[str, list[int]] = {}
+    groups: dict[str | None, list[int]] = {}
     for index, example in enumerate(examples):
         if example.task is not None:
             groups.setdefault(example.task, []).append(index)
-    groups[ALL] = list(range(len(examples)))
+    groups[None] = list(range(len(examples)))
     answered = _spread([index for index, example in enumerate(examples) if example.text is None], limit)
     prompts = [renderer.prompt_ids(examples[index]) for index in answered]
     references = [examples[index].references or (renderer.reference(examples[index]),) for index in answered]
@@ -245,12 +248,13 @@ def _measure(
         result = likelihood(model, loss_fn, evaluation_batches(part, budget, padded, pad_id))
         return result.loss * result.num_tokens, result.num_tokens
 
-    totals = {task: total(indices) for task, indices in rows.groups.items() if task != ALL}
+    totals: dict[str | None, tuple[float, int]] = {
+        task: total(indices) for task, indices in rows.groups.items() if task is not None
+    }
     # Every row is run once: what belongs to no task is all that is left to add.
-    named = {index for task, indices in rows.groups.items() if task != ALL for index in indices}
-    rest = [index for index in rows.groups[ALL] if index not in named]
+    rest = [index for index, example in enumerate(rows.examples) if example.task is None]
     parts = [*totals.values(), *([total(rest)] if rest else [])]
-    totals[ALL] = (sum(part[0] for part in parts), sum(part[1] for part in parts))
+    totals[None] = (sum(part[0] for part in parts), sum(part[1] for part in parts))
     ids = generate_ids(
         model,
         tokenizer,
@@ -263,7 +267,7 @@ def _measure(
     return _Measured(totals, dict(zip(rows.answered, texts, strict=True)))
 
 
-def _task_report(task: str, rows: _Rows, before: _Measured | None, after: _Measured) -> TaskReport:
+def _task_report(task: str | None, rows: _Rows, before: _Measured | None, after: _Measured) -> TaskReport:
     members = set(rows.groups[task])
     answered = [position for position, index in enumerate(rows.answered) if index in members]
 
@@ -308,11 +312,18 @@ def _last_words(example: Example, tokenizer: PreTrainedTokenizerBase, prompt: li
 
 def _table_rows(task: str, part: TaskReport) -> list[list[object]]:
     models: list[tuple[str, Scores | None]] = [("base", part.base), ("adapter", part.adapter)]
+    rows = f"{part.num_samples:,}"
     return [
-        [task, f"{part.num_samples:,}", name, f"{scores.loss:.3f}", _perplexity(scores.perplexity), *_percentages(scores)]
+        [task, rows, name, f"{scores.loss:.3f}", _perplexity(scores.perplexity), *_percentages(scores)]
         for name, scores in models
         if scores is not None
     ]
+
+
+def _shortened(text: str) -> str:
+    """One line of a table; evaluation.json has the whole text."""
+    line = " ".join(text.split())
+    return line if len(line) <= _SHOWN_CHARACTERS else line[: _SHOWN_CHARACTERS - 1] + "…"
 
 
 def _perplexity(value: float) -> str:

@@ -1,7 +1,7 @@
 """`lorica generate` and `lorica chat`: answers from a base or from an adapted model.
 
-One prompt is answered as text, on a terminal word by word; a file of prompts as JSON lines, in the file's order. `chat` keeps the
-conversation and drops its oldest turns when the model's context is full.
+One prompt is answered as text, on a terminal word by word; a file of prompts as JSON lines, in the file's order. `chat`
+keeps the conversation and drops its oldest turns when the model's context is full.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from lorica.data.render import Renderer
 from lorica.data.rows import Message, RowError, RowFault, list_faults
 from lorica.data.turns import parse_turns, text_of
 from lorica.errors import ConfigError, DataError
-from lorica.evaluate.generation import check_prompts, context_length, generate as generate_ids, stream
+from lorica.evaluate.generation import check_prompts, context_length, stream
+from lorica.evaluate.generation import generate as generate_ids
 from lorica.recipes import console
 from lorica.recipes.opening import open_model
 

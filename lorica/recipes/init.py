@@ -29,18 +29,25 @@ ROWS_LOOKED_AT = 2000
 PLACEHOLDER = "rows.jsonl"
 
 _DEFAULT_MAX_LENGTH = 1024
+_DEFAULT_BATCH_TOKENS = 4096
+# Small data sets get smaller steps, so that an epoch has about this many.
+_STEPS_AN_EPOCH = 20
+_SMALLEST_BATCH_TOKENS = 256
 _EVALUATION_ROWS = 20
 _UNLIMITED = 2**31 - 1
 
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """What is known of the rows: at most `ROWS_LOOKED_AT` of them; `longest` in tokens, None if it was not measured."""
+    """What is known of the rows, of which at most `ROWS_LOOKED_AT` are read.
+
+    `lengths` are their tokens, cut to the positions of the base; empty if they were not measured.
+    """
 
     format: str
     num_rows: int
     num_faults: int
-    longest: int | None
+    lengths: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,37 +94,41 @@ def _look(data: str, base: str) -> Rows:
 
     loaded = load_examples(data, limit=ROWS_LOOKED_AT)
     is_local = base == "embedded" or Path(base).is_dir()
-    longest = _longest(loaded.examples, base) if is_local and loaded.examples else None
-    return Rows(loaded.format, loaded.num_rows, len(loaded.faults), longest)
+    lengths = _lengths(loaded.examples, base) if is_local else ()
+    return Rows(loaded.format, loaded.num_rows, len(loaded.faults), lengths)
 
 
-def _longest(examples: Sequence[Example], base: str) -> int:
-    """Tokens of the longest row, by the base's tokenizer and template, but no more than the base has positions for."""
+def _lengths(examples: Sequence[Example], base: str) -> tuple[int, ...]:
+    """Tokens of the rows by the base's tokenizer and template."""
     from lorica.data.render import Renderer
     from lorica.data.rows import RowError
     from lorica.models.load import load_config as load_model_config
     from lorica.models.load import load_tokenizer
 
     renderer = Renderer(load_tokenizer(base), loss_on="response", max_length=_UNLIMITED)
-    longest = 0
+    positions = load_model_config(base).to_dict().get("max_position_embeddings")
+    most = positions if isinstance(positions, int) else _UNLIMITED
+    lengths = []
     for example in examples:
         # `data check` names the rows that cannot be rendered; here they only do not count.
         with contextlib.suppress(RowError):
-            longest = max(longest, len(renderer.render(example).input_ids))
-    positions = load_model_config(base).to_dict().get("max_position_embeddings")
-    return min(longest, positions) if isinstance(positions, int) else longest
+            lengths.append(min(most, len(renderer.render(example).input_ids)))
+    return tuple(lengths)
 
 
 def render(data: str, base: str, output: Path, rows: Rows | None) -> str:
     """The text of run.yaml: the keys that a first run decides, each with its reason or its meaning."""
-    max_length = _DEFAULT_MAX_LENGTH
-    length_reason = "longest sample, in tokens; longer ones are dropped"
-    if rows and rows.longest:
+    max_length, length_reason = _DEFAULT_MAX_LENGTH, "longest sample, in tokens; longer ones are dropped"
+    batch_tokens, batch_reason = _DEFAULT_BATCH_TOKENS, ""
+    if rows and rows.lengths:
         # Rows that were not looked at may be longer.
         room = 1.0 if rows.num_rows < ROWS_LOOKED_AT else 1.5
-        max_length = max(64, math.ceil(room * rows.longest / 64) * 64)
-        length_reason = f"longest sample, in tokens; yours has {rows.longest}"
-    batch_tokens = max(4096, max_length)
+        max_length = max(64, math.ceil(room * max(rows.lengths) / 64) * 64)
+        length_reason = f"longest sample, in tokens; yours has {max(rows.lengths)}"
+        fitting = max(max_length, _SMALLEST_BATCH_TOKENS, sum(rows.lengths) // _STEPS_AN_EPOCH)
+        if fitting < _DEFAULT_BATCH_TOKENS:
+            batch_tokens, batch_reason = fitting, "tokens per optimizer step; few, because the rows are few"
+    batch_tokens = max(batch_tokens, max_length)
     fraction, evaluation_reason = _evaluation(rows)
     few = rows is not None and rows.num_rows < ROWS_LOOKED_AT
     sections: dict[str, list[tuple[str, object, str]]] = {
@@ -134,7 +145,7 @@ def render(data: str, base: str, output: Path, rows: Rows | None) -> str:
             ("output", str(output), ""),
             ("epochs", 3 if few else 1, "few rows are seen more than once" if few else ""),
             ("lr", 3e-3 if base == "embedded" else 1e-4, "the embedded base is tiny" if base == "embedded" else ""),
-            ("batch_tokens", batch_tokens, ""),
+            ("batch_tokens", batch_tokens, batch_reason),
             ("eval_every", 50, ""),
             ("save_every", 50, ""),
         ],
@@ -168,7 +179,7 @@ def _tell(path: Path, data: str | None, rows: Rows | None, commands: Sequence[st
         out.print(f"No rows were found: put them into {data or PLACEHOLDER}, or change data.train in the file.")
     else:
         more = " or more" if rows.num_rows == ROWS_LOOKED_AT else ""
-        length = f", the longest of {rows.longest} tokens" if rows.longest else ""
+        length = f", the longest of {max(rows.lengths)} tokens" if rows.lengths else ""
         out.print(f"{data}: {rows.num_rows:,} rows{more} of the format {rows.format}{length}.")
         if rows.num_faults:
             out.print(f"{rows.num_faults} rows have faults; `lorica data check` names them.")

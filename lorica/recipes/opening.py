@@ -1,4 +1,4 @@
-"""What a path or a name on the command line stands for, and how it is opened. Shared by eval, generate, merge and export.
+"""What a path or a name on the command line stands for, and how it is opened: for eval, generate, merge, export.
 
     a run folder        config.yaml + adapter/             -> the run's base with the run's adapter
     an adapter folder   adapter_config.json                -> the base that it names, with this adapter
@@ -16,7 +16,8 @@ from lorica.config import ModelConfig, RunConfig, load_config
 from lorica.data.render import Renderer
 from lorica.errors import AdapterError
 from lorica.files import read_json_object
-from lorica.interop.peft import CONFIG as ADAPTER_CONFIG, load_adapter
+from lorica.interop.peft import CONFIG as ADAPTER_CONFIG
+from lorica.interop.peft import load_adapter
 from lorica.models.load import load_model, load_tokenizer
 from lorica.recipes.preparing import make_renderer
 
@@ -30,9 +31,11 @@ class Source:
     config: RunConfig | None
 
     def load_base(self) -> PreTrainedModel:
-        """The base without the adapter."""
+        """The base without the adapter, frozen."""
         model = self.model
-        return load_model(model.base, dtype=model.dtype, device=model.device, revision=model.revision)
+        return load_model(
+            model.base, dtype=model.dtype, device=model.device, revision=model.revision
+        ).requires_grad_(False)
 
     def open_tokenizer(self) -> tuple[PreTrainedTokenizerBase, Renderer]:
         """The base's tokenizer, and the renderer that the run trained with (the default one without a run)."""

@@ -1,4 +1,6 @@
-"""From a configuration to tokenised training and evaluation data: what train, plan, eval and `data check` begin with."""
+"""From a configuration to tokenised training and evaluation data: what train, plan, eval and `data check` begin
+with.
+"""
 
 from __future__ import annotations
 

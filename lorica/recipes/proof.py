@@ -39,7 +39,7 @@ def logits_of(model: PreTrainedModel, ids: Tensor) -> Tensor:
     """Logits on `ids` [B, T] as float32 on the CPU, [B, T, V], in evaluation mode; the mode is restored."""
     training = model.training
     model.eval()
-    logits = model(input_ids=ids.to(model.device), use_cache=False).logits.float().cpu()
+    logits: Tensor = model(input_ids=ids.to(model.device), use_cache=False).logits.float().cpu()
     model.train(training)
     return logits
 

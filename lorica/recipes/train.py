@@ -5,8 +5,8 @@ The run folder:
     config.yaml  environment.json    what was asked for, and where it ran
     metrics.jsonl                    one row a step, evaluation rows between them
     checkpoints/                     whole, hashed, resumable; the best one always stays
-    adapter/                         a PEFT folder: the best weights by evaluation loss, the last ones without evaluation
-    report.md  curves.png            what came of it
+    adapter/                         a PEFT folder: the best weights by evaluation loss, the last ones without
+    evaluation report.md  curves.png            what came of it
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import torch
 from transformers import PreTrainedModel
 
 from lorica.config import MethodConfig, Resolved, RunConfig, dump_yaml, load_config
-from lorica.data.packing import Batch, pack, pad
+from lorica.data.packing import ROUND_TO, Batch, pack, pad
 from lorica.data.sampler import Order, micro_batches
 from lorica.data.tokenized import TokenizedDataset
 from lorica.errors import AdapterError, CheckpointError
@@ -34,15 +34,16 @@ from lorica.interop.peft import load_adapter, save_adapter
 from lorica.methods.attach import adapt, detach, trainable_parameters
 from lorica.methods.method import MethodOptions, method_options
 from lorica.models.attention import packing_support
-from lorica.models.load import base_fingerprint, load_config as load_model_config, load_model
+from lorica.models.load import base_fingerprint, load_model
+from lorica.models.load import load_config as load_model_config
 from lorica.models.loss import LossFunction, make_loss
 from lorica.recipes import console
 from lorica.recipes.preparing import PreparedRun, prepare
 from lorica.recipes.report import write_run_report
 from lorica.training.checkpoint import (
     Checkpoint,
-    checkpoint_path,
-    find_checkpoints, latest_valid,
+    find_checkpoints,
+    latest_valid,
     read_checkpoint,
     restore_parameters,
 )
@@ -78,7 +79,7 @@ class TrainResult:
 
 
 def train(
-    config: RunConfig | str | Path,
+    config: RunConfig | Resolved | str | Path,
     *,
     resume: str | Path | None = None,
     dry_run: bool = False,
@@ -87,7 +88,7 @@ def train(
     """Train an adapter as `config` says.
 
     Args:
-        config: a configuration, or the path of a run.yaml or of a run folder.
+        config: a configuration, with or without the origin of its values, or the path of a run.yaml or of a run folder.
         resume: None starts anew, `"auto"` goes on from the newest checkpoint that is whole (or starts anew where there
             is none), a path goes on from that checkpoint.
         dry_run: read and check everything, predict memory and time, train and write nothing; gives the plan.
@@ -96,7 +97,7 @@ def train(
     Raises:
         LoricaError: each kind with its own exit code; see `errors.py`.
     """
-    resolved = config if isinstance(config, RunConfig) else load_config(config)
+    resolved = config if isinstance(config, RunConfig | Resolved) else load_config(config)
     config = resolved.config if isinstance(resolved, Resolved) else resolved
     if dry_run:
         from lorica.recipes.plan import plan
@@ -226,7 +227,7 @@ def evaluation_batches(dataset: TokenizedDataset, micro_batch_tokens: int, padde
     """All samples of `dataset`, in order, in batches of at most `micro_batch_tokens` tokens."""
     everything = np.arange(len(dataset), dtype=np.int64)
     parts = micro_batches(everything, dataset.lengths, micro_batch_tokens, padded)
-    return [pad(dataset, part, pad_id) if padded else pack(dataset, part) for part in parts]
+    return [pad(dataset, part, pad_id) if padded else pack(dataset, part, ROUND_TO) for part in parts]
 
 
 def _find_checkpoint(folder: Path, resume: str | Path | None) -> Checkpoint | None:
@@ -325,7 +326,9 @@ def _take_best(model: PreTrainedModel, output: Path, result: LoopResult) -> int:
 
 
 def _save_proved(model: PreTrainedModel, folder: Path, data: PreparedRun) -> float:
-    """Save the adapter, read it back onto the bare base, and compare logits; the largest difference, which must be 0."""
+    """Save the adapter, read it back onto the bare base, and compare logits; the largest difference, which must be
+    0.
+    """
     ids = torch.from_numpy(data.train[0][0][:64].astype(np.int64))[None].to(model.device)
     model.eval()
     with torch.no_grad():

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorica.data.packing import Batch, pack, pad
+from lorica.data.packing import ROUND_TO, Batch, pack, pad
 from lorica.data.sampler import Order, micro_batches
 from lorica.data.tokenized import TokenizedDataset
 from lorica.errors import CheckpointError, DivergedError, DoesNotFitError, StoppedError
@@ -293,7 +293,7 @@ def _batches(run: _Run) -> list[Batch]:
     parts = micro_batches(run.order.batch(run.counters.step), lengths, options.micro_batch_tokens, options.padded)
     if options.padded:
         return [pad(run.dataset, part, options.pad_id) for part in parts]
-    return [pack(run.dataset, part) for part in parts]
+    return [pack(run.dataset, part, ROUND_TO) for part in parts]
 
 
 def _optimize(run: _Run, batches: list[Batch]) -> tuple[float | None, float, str]:

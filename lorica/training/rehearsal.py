@@ -1,13 +1,13 @@
 """Rehearse a training step on fake tensors: its memory and its work, without weights and without doing the work.
 
-The real model class, the real adapters, the real loss, backward, clipping and AdamW run on tensors that have shapes but
-no contents. A dispatch mode below autograd sees every operation and follows every storage from birth to death, views
-included, so activation checkpointing, tied weights and the loss's chunks need no formula of their own. Fake CPU tensors
-take the CPU's own kernels (its attention among them), so what is kept for backward is what is really kept.
+The real model class, adapters, loss, backward, clipping and AdamW run on tensors that have shapes but no contents. A
+dispatch mode below autograd sees every operation and follows every storage from birth to death, views included, so
+activation checkpointing, tied weights and the loss's chunks need no formula of their own. Fake CPU tensors take the
+CPU's own kernels, its attention among them, so what is kept for backward is what is really kept.
 
-On a GPU that torch can see the rehearsal runs on fake CUDA tensors; torch cannot pretend a GPU that is not there, and
-then the CPU's accounting stands in. What it gives up: memory inside a kernel (scratch of matrix products), and the
-allocator's, for which `allocator_bytes` has a rule that was measured.
+On a GPU that torch can see the rehearsal runs on fake CUDA tensors. torch cannot pretend a GPU that is not there; the
+CPU's accounting stands in then. What it gives up: memory inside a kernel (the scratch of matrix products). What the
+C library's allocator adds on a CPU is `heap.py`'s part.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from __future__ import annotations
 import copy
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from lorica.data.packing import Batch, pack, pad
 from lorica.data.tokenized import IGNORE, TokenizedDataset
@@ -34,21 +34,35 @@ from lorica.methods.attach import adapt, trainable_parameters
 from lorica.methods.method import MethodOptions
 from lorica.models import attention
 from lorica.models.loss import make_loss
+from lorica.training.heap import RUNTIME_BYTES, is_glibc, resident_peak
 from lorica.training.optim import clip_gradients, make_optimizer
+
+aten = torch.ops.aten
+
+
+class Operation(NamedTuple):
+    """A kind of work: `matmul`, `attention`, `attention_backward` or `memory`, and how much one call does.
+
+    `moved_bytes` are read and written; `flops` are zero for `memory`.
+    """
+
+    kind: str
+    flops: int
+    moved_bytes: int
 
 
 class Ledger(TorchDispatchMode):
     """Books every storage that operations give out and drop while the mode is on, and the work that they do.
 
-    `events` holds (storage, +1 or -1) in order, storages being numbered from 0 in the order of birth; `sizes` their
-    bytes; `work` counts operations by (floating-point operations, bytes read and written).
+    Storages are numbered from 0 in the order of birth: `sizes` are their bytes, `events` holds (number, +1 for its
+    birth or -1 for its death) in order. `work` counts operations.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.sizes: list[int] = []
         self.events: list[tuple[int, int]] = []
-        self.work: Counter[tuple[int, int]] = Counter()
+        self.work: Counter[Operation] = Counter()
         self._numbers: dict[int, int] = {}
 
     def add(self, tensor: Tensor) -> int:
@@ -56,26 +70,209 @@ class Ledger(TorchDispatchMode):
         storage = tensor.untyped_storage()
         key = id(storage)
         if key not in self._numbers:
-            number = self._numbers[key] = len(self.sizes)
+            self._numbers[key] = len(self.sizes)
+            self.events.append((len(self.sizes), 1))
             self.sizes.append(storage.nbytes())
-            self.events.append((number, 1))
-            weakref.finalize(storage, self._died, key, number).atexit = False
+            weakref.finalize(storage, self._died, key).atexit = False
         return self._numbers[key]
 
-    def _died(self, key: int, number: int) -> None:
-        del self._numbers[key]
-        self.events.append((number, -1))
+    def alive(self, end: int | None = None) -> set[int]:
+        """The storages alive before event `end`."""
+        changes = Counter[int]()
+        for number, change in self.events[:end]:
+            changes[number] += change
+        return {number for number, change in changes.items() if change}
+
+    def peak(self, begin: int = 0) -> int:
+        """The `end` for `alive` at which most bytes are alive, at `begin` or later."""
+        changes = np.array([self.sizes[number] * change for number, change in self.events])
+        return begin + 1 + int(np.argmax(np.cumsum(changes)[begin:]))
+
+    def _died(self, key: int) -> None:
+        self.events.append((self._numbers.pop(key), -1))
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
-        out = func(*args, **kwargs)
+        out = func(*args, **(kwargs or {}))
         inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-        outputs = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
         known = {self.add(t) for t in inputs}
-        born = [t for t in outputs if self.add(t) not in known]
+        born = [t for t in tree_leaves(out) if isinstance(t, Tensor) and self.add(t) not in known]
         if born or func._schema.is_mutable:
-            moved = sum(t.numel() * t.element_size() for t in inputs + born)
-            self.work[_flops(func, args, kwargs, out), moved] += 1
+            kind, flops = _work(func._overloadpacket, args, kwargs or {}, out)
+            self.work[Operation(kind, flops, sum(t.numel() * t.element_size() for t in inputs + born))] += 1
         return out
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """What an optimizer step needs. The parts are bytes of live tensors at the moment when their sum is greatest.
+
+    Attributes:
+        weights: the base's parameters and buffers.
+        adapter: what is trained, in float32.
+        gradients: of what is trained; most peaks come before they exist.
+        optimizer: AdamW's moments.
+        activations: kept by the forward pass for backward.
+        workspace: all else: the loss's chunk, gradients of activations on their way, temporaries.
+        allocator: what the process holds beyond live tensors: the heap's holes, kernels and their scratch.
+        loading: most that loading holds, if the checkpoint's dtype is not the run's and both are there for a while.
+        num_tokens: of the micro batch, without padding.
+        work: what one micro batch does, forward and backward, and the optimizer after it.
+        device: whose accounting this is, `cpu` or `cuda`.
+    """
+
+    weights: int
+    adapter: int
+    gradients: int
+    optimizer: int
+    activations: int
+    workspace: int
+    allocator: int
+    loading: int
+    num_parameters: int
+    num_trainable: int
+    num_tokens: int
+    work: Counter[Operation]
+    device: str
+
+    @property
+    def live_bytes(self) -> int:
+        """Bytes of live tensors at the peak."""
+        return self.weights + self.adapter + self.gradients + self.optimizer + self.activations + self.workspace
+
+    @property
+    def peak_bytes(self) -> int:
+        """By how much the process's memory grows, from before the base is loaded to the worst moment of the run."""
+        return max(self.live_bytes + self.allocator, self.loading)
+
+
+def rehearse(
+    config: PretrainedConfig,
+    options: MethodOptions,
+    *,
+    dtype: torch.dtype,
+    lengths: Sequence[int],
+    device: torch.device | str = "cpu",
+    trained_fraction: float = 1.0,
+    padded: bool = False,
+    num_micro_batches: int = 1,
+    activation_checkpointing: bool = False,
+) -> Rehearsal:
+    """Rehearse an optimizer step of micro batches that hold samples of `lengths` tokens; no weights are read.
+
+    The random state and `config` are left as they are. `trained_fraction` is the share of tokens that are targets.
+
+    Raises:
+        TargetError: `options.targets` matches nothing in this model.
+    """
+    place = torch.device(device)
+    if place.type == "cuda" and not torch.cuda.is_available():
+        place = torch.device("cpu")
+    batch = example_batch(lengths, trained_fraction=trained_fraction, padded=padded)
+    ledger = Ledger()
+    with torch.random.fork_rng(devices=[]), FakeTensorMode(allow_non_fake_inputs=True):
+        model = _build(config, dtype, place)
+        loss_fn = make_loss(model)
+        adapt(model, options)
+        if activation_checkpointing:
+            model.activation_checkpointing_enable({"use_reentrant": False})
+        trained = trainable_parameters(model.train())
+        optimizer = make_optimizer(trained, lr=1e-4, betas=(0.9, 0.999), epsilon=1e-8, weight_decay=0.0)
+        with ledger:
+            held = {ledger.add(t) for t in (*model.parameters(), *model.buffers())}
+            adapter = {ledger.add(t) for t in trained.values()}
+            # What is looked at is a later step, which finds the optimizer's state and, after another micro batch, the
+            # gradients.
+            for parameter in trained.values():
+                parameter.grad = torch.zeros_like(parameter)
+            optimizer.step()
+            moments = {ledger.add(t) for state in optimizer.state.values() for t in state.values()}
+            if num_micro_batches == 1:
+                optimizer.zero_grad(set_to_none=True)
+            ledger.work.clear()
+            begin = len(ledger.events)
+            # The borders of the samples stay real: attention reads them.
+            inputs = replace(batch.to(place), cu_seqlens=batch.cu_seqlens).model_inputs()
+            loss = loss_fn(model, inputs, batch.targets)
+            kept = ledger.alive()
+            (loss / max(1, batch.num_targets)).backward()  # type: ignore[no-untyped-call]
+            gradients = {ledger.add(p.grad) for p in trained.values() if p.grad is not None}
+            clip_gradients(trained.values(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+    peak = ledger.alive(ledger.peak(begin))
+    groups = _disjoint(adapter, held, moments, gradients, kept, peak)
+    parts = [sum(ledger.sizes[number] for number in group & peak) for group in groups]
+    return Rehearsal(
+        weights=parts[1],
+        adapter=parts[0],
+        gradients=parts[3],
+        optimizer=parts[2],
+        activations=parts[4],
+        workspace=parts[5],
+        allocator=_allocator_bytes(ledger, begin, sum(parts), place),
+        loading=_loading_bytes(config, dtype, parts[1], place),
+        num_parameters=sum(p.numel() for p in model.parameters()),
+        num_trainable=sum(p.numel() for p in trained.values()),
+        num_tokens=batch.num_tokens,
+        work=ledger.work,
+        device=place.type,
+    )
+
+
+def example_batch(lengths: Sequence[int], *, trained_fraction: float = 1.0, padded: bool = False) -> Batch:
+    """A batch of samples of `lengths` tokens, all of token 0, the trained ones spread evenly."""
+    offsets = np.cumsum([0, *lengths], dtype=np.int64)
+    position = np.arange(offsets[-1])
+    trained = np.floor((position + 1) * trained_fraction) > np.floor(position * trained_fraction)
+    ids = np.zeros(offsets[-1], np.int32)
+    dataset = TokenizedDataset(ids, np.where(trained, ids, IGNORE).astype(np.int32), offsets)
+    everything = np.arange(len(lengths), dtype=np.int64)
+    return pad(dataset, everything, 0) if padded else pack(dataset, everything)
+
+
+def _build(config: PretrainedConfig, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    attention.register()
+    with device:
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
+    if model._can_set_attn_implementation():
+        model.set_attn_implementation(attention.NAME)
+    return model
+
+
+def _disjoint(*groups: Iterable[int]) -> list[set[int]]:
+    """The groups, each without what an earlier one has."""
+    seen: set[int] = set()
+    result = []
+    for group in groups:
+        result.append(set(group) - seen)
+        seen |= result[-1]
+    return result
+
+
+def _allocator_bytes(ledger: Ledger, begin: int, live_bytes: int, device: torch.device) -> int:
+    if device.type != "cpu" or not is_glibc():
+        return RUNTIME_BYTES
+    return max(0, resident_peak(ledger.sizes, ledger.events, begin) - live_bytes) + RUNTIME_BYTES
+
+
+def _loading_bytes(config: PretrainedConfig, dtype: torch.dtype, weights: int, device: torch.device) -> int:
+    stored = config.dtype if isinstance(config.dtype, torch.dtype) else dtype
+    if device.type != "cpu" or stored == dtype:
+        return weights
+    return weights + weights * stored.itemsize // dtype.itemsize
+
+
+def _work(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> tuple[str, int]:
+    """Kind and floating-point operations of one call. torch has no count for the CPU's attention."""
+    if op is aten._scaled_dot_product_flash_attention_for_cpu:
+        return "attention", sdpa_flop_count(*(t.shape for t in args[:3]))
+    if op is aten._scaled_dot_product_flash_attention_for_cpu_backward:
+        return "attention_backward", sdpa_flop_count(*(t.shape for t in args[1:4])) * 5 // 2
+    if op not in flop_registry:
+        return "memory", 0
+    kind = "matmul"
+    if "attention" in str(op):
+        kind = "attention_backward" if "backward" in str(op) else "attention"
+    return kind, int(flop_registry[op](*args, **kwargs, out_val=out))

@@ -79,12 +79,32 @@ def test_types_and_names_for_the_model(dataset: TokenizedDataset) -> None:
     assert set(padded.model_inputs()) == {"input_ids", "position_ids", "attention_mask"}
 
 
-def test_to_moves_every_tensor(dataset: TokenizedDataset) -> None:
+def test_to_moves_what_the_model_computes_on(dataset: TokenizedDataset) -> None:
     for batch in (pack(dataset, [0]), pad(dataset, [0], 0)):
         moved = batch.to("meta")
         assert isinstance(moved, Batch) and moved.num_tokens == 4
-        tensors = [value for value in vars(moved).values() if isinstance(value, torch.Tensor)]
-        assert len(tensors) == 4 and all(tensor.device.type == "meta" for tensor in tensors)
+        devices = {name: t.device.type for name, t in vars(moved).items() if isinstance(t, torch.Tensor)}
+        read_on_the_cpu = {"targets", "cu_seqlens"}
+        assert all(device == ("cpu" if name in read_on_the_cpu else "meta") for name, device in devices.items())
+        assert len(devices) == 4
+
+
+@pytest.mark.parametrize("indices", [[0], [0, 2], [3, 1, 0]])
+def test_rounding_up_adds_a_sample_that_counts_nowhere(dataset: TokenizedDataset, indices: list[int]) -> None:
+    plain, rounded = pack(dataset, indices), pack(dataset, indices, 64)
+    num_tokens = plain.num_tokens
+    assert rounded.input_ids.shape == (1, 64) and rounded.cu_seqlens is not None and plain.cu_seqlens is not None
+    assert rounded.cu_seqlens.tolist() == [*plain.cu_seqlens.tolist(), 64]
+    assert rounded.position_ids[0, num_tokens:].tolist() == list(range(64 - num_tokens))
+    assert (rounded.targets[0, num_tokens:] == -100).all()
+    for name in ("input_ids", "targets", "position_ids"):
+        assert torch.equal(getattr(rounded, name)[:, :num_tokens], getattr(plain, name))
+    assert (rounded.num_samples, rounded.num_tokens, rounded.num_targets) == (
+        len(indices),
+        num_tokens,
+        plain.num_targets,
+    )
+    assert torch.equal(pack(dataset, indices, num_tokens).input_ids, plain.input_ids)
 
 
 def test_dataset_counts_targets_as_batches_do(dataset: TokenizedDataset) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import socket
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -311,7 +313,7 @@ def test_sources_that_cannot_be_read(tmp_path: Path) -> None:
     write_lines(tmp_path / "rows.jsonl", [{"prompt": "q", "response": "a"}])
     with pytest.raises(DataError, match=r"no such file.*Did you mean .*rows\.jsonl"):
         load_examples(tmp_path / "row.jsonl")
-    with pytest.raises(DataError, match="unknown kind of file '.xml'"):
+    with pytest.raises(DataError, match=r"unknown kind of file '.xml'"):
         (tmp_path / "rows.xml").write_text("<a/>")
         load_examples(tmp_path / "rows.xml")
     with pytest.raises(DataError, match=r"data\.split is for folders"):
@@ -322,6 +324,36 @@ def test_sources_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "wide.jsonl").write_text('{"prompt": "q", "response": "a"}\n', encoding="utf-16")
     with pytest.raises(DataError, match="UTF-16"):
         load_examples(tmp_path / "wide.jsonl")
+
+
+def test_a_hub_id_needs_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(DataError, match=r"someone/rows: no such file.*pip install 'lorica\[hub\]'"):
+        load_examples("someone/rows")
+
+
+def test_a_hub_id_is_read_through_datasets(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def load_dataset(name: str, split: str) -> list[dict[str, str]]:
+        asked.append((name, split))
+        if split == "none":
+            raise ValueError("Unknown split")
+        return [{"prompt": "q", "response": "a"}]
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    assert load_examples("someone/rows").examples[0].origin == "someone/rows:0"
+    load_examples("someone/rows", split="test")
+    assert asked == [("someone/rows", "train"), ("someone/rows", "test")]
+    with pytest.raises(DataError, match="Unknown split"):
+        load_examples("someone/rows", split="none")
+
+
+def test_parquet_needs_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    (tmp_path / "rows.parquet").write_bytes(b"PAR1")
+    with pytest.raises(DataError, match=r"pip install 'lorica\[hub\]'"):
+        load_examples(tmp_path / "rows.parquet")
 
 
 def test_local_files_never_touch_the_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from lorica.errors import DataError
 from lorica.evaluate.generation import decode_pieces, generate, stream
 from lorica.models.load import load_model, load_tokenizer
 
-TEXTS = ["The", "Once upon a time there was a king who", "In economics, a market", "It is the year of the", "A nurse should"]
+TEXTS = ["The", "Once upon a time there was a king who", "In economics, a market", "It is the year", "A nurse should"]
 STOP = (2, 0)
 
 

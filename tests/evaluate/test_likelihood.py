@@ -11,33 +11,35 @@ import pytest
 import torch
 
 from lorica.data.packing import pad
-from lorica.data.tokenized import TokenizedDataset, TokenizedExample
+from lorica.data.tokenized import TokenizedDataset
 from lorica.errors import DataError
 from lorica.evaluate.likelihood import likelihood, summarize
 from lorica.models.loss import logits_loss
 
+# (input_ids, labels)
 ROWS = [
-    TokenizedExample([5, 6, 7, 8, 9], [-100, -100, 7, 8, 9]),
-    TokenizedExample([9, 8, 7], [-100, 8, 7]),
-    TokenizedExample([4] * 12, [-100] * 11 + [4]),
+    ([5, 6, 7, 8, 9], [-100, -100, 7, 8, 9]),
+    ([9, 8, 7], [-100, 8, 7]),
+    ([4] * 12, [-100] * 11 + [4]),
 ]
 
 
 def expected_losses(model: Any) -> list[float]:
     """-ln p of every trained token, each sample alone, in float64."""
     losses = []
-    for row in ROWS:
+    for ids, labels in ROWS:
         with torch.no_grad():
-            logits = model.double()(input_ids=torch.tensor([row.input_ids])).logits[0]
+            logits = model.double()(input_ids=torch.tensor([ids])).logits[0]
         log_p = torch.log_softmax(logits, -1)
-        losses += [-float(log_p[t - 1, label]) for t, label in enumerate(row.labels) if label != -100]
+        losses += [-float(log_p[t - 1, label]) for t, label in enumerate(labels) if label != -100]
     model.float()
     return losses
 
 
 def test_mean_over_all_trained_tokens(tiny_llama: Callable[..., Any]) -> None:
     model = tiny_llama(attention_dropout=0.5).train()
-    dataset = TokenizedDataset.from_examples(ROWS)
+    samples = [(np.array(ids, np.int32), np.array(labels, np.int32)) for ids, labels in ROWS]
+    dataset = TokenizedDataset.from_samples(samples)
     losses = expected_losses(model.eval())
     model.train()
     for cuts in ([[0, 1, 2]], [[2], [0, 1]], [[0], [1], [2]]):

@@ -1,4 +1,6 @@
-"""PEFT is the oracle: folders go both ways and give equal logits; whatever does not fit refuses before it changes anything."""
+"""PEFT is the oracle: folders go both ways and give equal logits; whatever does not fit refuses before it changes
+anything.
+"""
 
 from __future__ import annotations
 
@@ -259,5 +261,5 @@ def test_saving_refuses_what_it_should(tmp_path: Path) -> None:
 def test_a_head_trained_beside_the_adapter_is_not_lost_silently(tmp_path: Path) -> None:
     folder = saved(tmp_path)
     edit_weights(folder, lambda t: t.update({"base_model.model.lm_head.weight": torch.ones(64, 32)}))
-    with pytest.raises(AdapterError, match="lm_head.weight is not the base's"):
+    with pytest.raises(AdapterError, match=r"lm_head\.weight is not the base's"):
         lorica.load_adapter(seeded(llama), folder)

@@ -100,5 +100,5 @@ def test_new_adapters_take_the_models_mode(tiny_llama: Make) -> None:
 def test_a_method_is_found_by_its_file_name() -> None:
     assert method_options("lora") is LoRA
     for name in ("lara", "method", "..", "os"):
-        with pytest.raises(ConfigError, match="method.name"):
+        with pytest.raises(ConfigError, match=r"method\.name"):
             method_options(name)

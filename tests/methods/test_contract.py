@@ -118,7 +118,9 @@ def test_masters_are_float32_and_the_product_runs_in_the_bases_dtype(options: Me
     out = model(x)
     assert out.dtype is torch.bfloat16
     out.float().square().sum().backward()
-    assert all(p.grad is not None and p.grad.dtype is torch.float32 for p in lorica.trainable_parameters(model).values())
+    assert all(
+        p.grad is not None and p.grad.dtype is torch.float32 for p in lorica.trainable_parameters(model).values()
+    )
     merged = lorica.merge(model)(x).float()
     torch.testing.assert_close(merged, out.float(), atol=0.2, rtol=0.05)
 

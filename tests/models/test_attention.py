@@ -42,7 +42,9 @@ PACKS = {
     "gemma2 with soft-capping and a window": Gemma2Config(**TINY, sliding_window=4, attn_logit_softcapping=2.0),
     "gemma3 with a window": Gemma3TextConfig(**TINY, sliding_window=4),
     "phi3": Phi3Config(**TINY, pad_token_id=0),
-    "gpt2": GPT2Config(n_embd=32, n_layer=3, n_head=4, vocab_size=99, initializer_range=0.3, bos_token_id=0, eos_token_id=1),
+    "gpt2": GPT2Config(
+        n_embd=32, n_layer=3, n_head=4, vocab_size=99, initializer_range=0.3, bos_token_id=0, eos_token_id=1
+    ),
     "neox": GPTNeoXConfig(**TINY),
     "opt": OPTConfig(**SMALL, ffn_dim=48, word_embed_proj_dim=32),
 }

@@ -22,7 +22,9 @@ def test_the_embedded_base_loads_by_name_and_by_folder(base: Path) -> None:
     with torch.no_grad():
         assert torch.equal(by_name(ids).logits, by_folder(ids).logits)
     assert by_name.config._attn_implementation == "lorica" and not by_name.training
-    assert load_tokenizer("embedded").decode(load_tokenizer(base)("a private handbook").input_ids) == "a private handbook"
+    assert (
+        load_tokenizer("embedded").decode(load_tokenizer(base)("a private handbook").input_ids) == "a private handbook"
+    )
 
 
 def copy_of(base: Path, folder: Path) -> Path:

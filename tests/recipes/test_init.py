@@ -42,8 +42,9 @@ def test_the_file_fits_the_rows() -> None:
     assert result.data == "mine.jsonl" and result.rows is not None
     assert (result.rows.format, result.rows.num_rows, result.rows.num_faults) == ("prompt_response", 100, 0)
     config = load_config("run.yaml").config
-    assert result.rows.longest is not None and 60 < result.rows.longest <= config.data.max_length
-    assert config.data.max_length < result.rows.longest + 64 and config.data.max_length % 64 == 0
+    longest, total = max(result.rows.lengths), sum(result.rows.lengths)
+    assert 60 < longest <= config.data.max_length < longest + 64 and config.data.max_length % 64 == 0
+    assert len(result.rows.lengths) == 100 and 15 <= total / config.train.batch_tokens <= 25, "steps an epoch"
     assert config.data.eval == 0.2 and config.train.epochs == 3
     assert config.data.format == "prompt_response" and config.train.output == "runs/first"
 
@@ -89,5 +90,5 @@ def test_json(capsys: pytest.CaptureFixture[str]) -> None:
 def test_no_rows_are_held_out_of_a_handful() -> None:
     from lorica.recipes.init import Rows
 
-    Path("run.yaml").write_text(render("x", "b", Path("o"), Rows("text", 4, 0, None)))
+    Path("run.yaml").write_text(render("x", "b", Path("o"), Rows("text", 4, 0, ())))
     assert load_config("run.yaml").config.data.eval is None

@@ -1,0 +1,58 @@
+"""`lorica export`: the adapter as a folder for other programs, read back before it gets its name.
+
+`peft`: what `peft.PeftModel.from_pretrained` loads. The run's own adapter/ folder has this format already; the export
+adds the tokenizer with the chat template that was trained on, so that the folder is all that the other side needs
+beside the base.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from lorica.errors import AdapterError, ConfigError
+from lorica.interop.peft import load_adapter, save_adapter
+from lorica.methods.attach import adapters, detach
+from lorica.recipes import console
+from lorica.recipes.merge import check_free, probe_ids
+from lorica.recipes.opening import open_model
+from lorica.recipes.proof import logits_of
+
+FORMATS = ("peft",)
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """An exported folder. max_difference: largest difference of a logit after reading it back; always 0."""
+
+    output: str
+    format: str
+    files: list[str]
+    max_difference: float
+
+
+def export(run: str | Path, output: str | Path, format: str = "peft") -> ExportResult:
+    """Write the adapter of `run` (a run folder or an adapter folder) to a new folder `output` in `format`.
+
+    Raises:
+        ConfigError: an unknown format, no adapter, or `output` exists and is not empty.
+        AdapterError: read back, the folder gives other logits.
+    """
+    if format not in FORMATS:
+        raise ConfigError(f"--format is {format!r}; expected {' or '.join(FORMATS)}.")
+    output = Path(output)
+    check_free(output)
+    model, tokenizer, renderer = open_model(run)
+    if not adapters(model):
+        raise ConfigError(f"{run} has no adapter to export. Give a run folder or an adapter folder.")
+    ids = probe_ids(model)
+    before = logits_of(model, ids)
+    save_adapter(model, output)
+    load_adapter(detach(model), output)
+    difference = float((before - logits_of(model, ids)).abs().max())
+    if difference != 0.0:
+        raise AdapterError(f"{output}: read back, the adapter gives logits that differ by {difference:.3g}.")
+    tokenizer.chat_template = renderer.template
+    tokenizer.save_pretrained(output)
+    console.log(f"Exported to {output}; read back, its logits are equal.")
+    return ExportResult(str(output), format, sorted(p.name for p in output.iterdir()), difference)

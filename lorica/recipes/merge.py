@@ -1,0 +1,92 @@
+"""`lorica merge`: the adapter folded into its base, as a plain folder that transformers loads and that knows nothing
+of us.
+
+The proof comes before the name: the merged folder is written aside, loaded back, and its logits are compared with those
+of the adapted model; only a folder that agrees gets its name.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lorica.errors import AdapterError, ConfigError
+from lorica.files import whole_folder
+from lorica.methods.attach import adapters
+from lorica.methods.attach import merge as merge_adapters
+from lorica.models.load import load_model
+from lorica.recipes import console
+from lorica.recipes.opening import open_model
+from lorica.recipes.proof import Agreement, agreement, logits_of
+
+
+@dataclass(frozen=True)
+class MergeResult:
+    """A merged folder, and how it compares with the adapted model that it came from. kl: nats a token; top1: 0 to 1."""
+
+    output: str
+    max_difference: float
+    largest_logit: float
+    kl: float
+    top1: float
+    num_tokens: int
+
+
+def merge(run: str | Path, output: str | Path) -> MergeResult:
+    """Merge the adapter of `run` (a run folder or an adapter folder) into a new folder `output`.
+
+    Raises:
+        ConfigError: `run` has no adapter, or `output` exists and is not empty.
+        NotMergeableError: the method's adapters are no fixed change of weights.
+        AdapterError: the merged folder, read back, does not agree with the adapted model within its dtype's rounding.
+    """
+    output = Path(output)
+    check_free(output)
+    model, tokenizer, renderer = open_model(run)
+    if not adapters(model):
+        raise ConfigError(f"{run} has no adapter to merge. Give a run folder or an adapter folder.")
+    proof = write_merged(model, tokenizer, renderer.template, output)
+    console.log(
+        f"Merged into {output}. Read back, its logits differ from the adapted model's by at most "
+        f"{proof.max_difference:.3g} (largest logit {proof.largest_logit:.3g}); KL {proof.kl:.2g} nats a token, "
+        f"same first choice at {proof.top1:.1%} of {proof.num_tokens} positions."
+    )
+    facts = asdict(proof)
+    del facts["tolerance"]
+    return MergeResult(str(output), **facts)
+
+
+def write_merged(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, template: str, output: Path) -> Agreement:
+    """Write the merged model and its tokenizer to `output`, whole or not at all; see `merge` for the proof."""
+    ids = probe_ids(model)
+    adapted = logits_of(model, ids)
+    plain = merge_adapters(model)
+    tokenizer.chat_template = template
+    with whole_folder(output) as folder:
+        plain.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        del plain
+        again = load_model(folder, dtype=model.dtype, device=model.device)
+        proof = agreement(adapted, logits_of(again, ids), model.dtype)
+        if not proof.holds:
+            raise AdapterError(
+                f"Not merged: read back, a logit differs by {proof.max_difference:.3g} from the adapted model's "
+                f"(largest logit {proof.largest_logit:.3g}, tolerance {proof.tolerance:.0%} of it). "
+                "Try model.dtype=float32."
+            )
+    return proof
+
+
+def probe_ids(model: PreTrainedModel, rows: int = 4, length: int = 32) -> torch.Tensor:
+    """Fixed pseudo-random token ids [rows, length] to compare models on."""
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    return torch.randint(0, vocabulary, (rows, length), generator=torch.Generator().manual_seed(0))
+
+
+def check_free(output: Path) -> None:
+    """Refuse an output folder that holds something already."""
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ConfigError(f"{output} exists and is not empty. Choose another --output, or remove it first.")
