@@ -19,9 +19,9 @@ def whole_folder(target: Path) -> Iterator[Path]:
     """Fill a temporary folder; on success flush it to disk and give it the name `target`, replacing what was there.
 
     On an exception the temporary folder is removed and `target` is what it was before. A kill between the two renames
-    of a replacement leaves what was there before as `.<name>.old`; the next use puts it back first.
+    of a replacement leaves what was there before as `.<name>.old`; the next use puts it back first. A link is followed.
     """
-    target = Path(os.path.abspath(target))
+    target = target.resolve()
     temporary, replaced = (target.with_name(f".{target.name}.{suffix}") for suffix in ("tmp", "old"))
     _put_back(replaced, target)
     shutil.rmtree(temporary, ignore_errors=True)
@@ -80,5 +80,16 @@ def read_json_object(file: Path) -> dict[str, Any]:
 
 
 def write_json(file: Path, content: object) -> None:
-    """Write `content` as indented JSON in UTF-8."""
-    file.write_text(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+    """Write `content` as indented JSON; see `write_text`."""
+    write_text(file, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write `text` in UTF-8. Killed at any moment, `file` holds all of it or what it held before."""
+    temporary = file.with_name(f".{file.name}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        flush(temporary)
+        os.replace(temporary, file)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -179,7 +179,7 @@ def _layout_of(cu_seqlens: Tensor, num_tokens: int, device: torch.device, causal
         borders, place, direction, layout = _last_layout
         if borders() is cu_seqlens and place == device and direction == causal:
             return layout
-    layout = _make_layout(cu_seqlens.detach().cpu().numpy(), num_tokens, device, causal)
+    layout = _make_layout(np.array(cu_seqlens.tolist()), num_tokens, device, causal)
     _last_layout = (weakref.ref(cu_seqlens), device, causal, layout)
     return layout
 

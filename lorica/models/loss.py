@@ -146,7 +146,8 @@ def _head(model: PreTrainedModel) -> nn.Module:
 
 def _trained_positions(targets: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
     # On the CPU in numpy: no synchronisation with an accelerator, and nothing for a fake-tensor rehearsal to guess.
-    flat = targets.numpy().ravel()
+    # (`tolist`, because under fake tensors `numpy` of a real one reads garbage.)
+    flat = np.array(targets.tolist()).ravel()
     positions = np.flatnonzero(flat != IGNORED)
     return torch.from_numpy(positions).to(device), torch.from_numpy(flat[positions]).to(device)
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lorica.errors import AdapterError, ConfigError
+from lorica.files import whole_folder
 from lorica.interop.peft import load_adapter, save_adapter
 from lorica.methods.attach import adapters, detach
 from lorica.recipes import console
@@ -47,12 +48,13 @@ def export(run: str | Path, output: str | Path, format: str = "peft") -> ExportR
         raise ConfigError(f"{run} has no adapter to export. Give a run folder or an adapter folder.")
     ids = probe_ids(model)
     before = logits_of(model, ids)
-    save_adapter(model, output)
-    load_adapter(detach(model), output)
-    difference = float((before - logits_of(model, ids)).abs().max())
-    if difference != 0.0:
-        raise AdapterError(f"{output}: read back, the adapter gives logits that differ by {difference:.3g}.")
     tokenizer.chat_template = renderer.template
-    tokenizer.save_pretrained(output)
+    with whole_folder(output) as folder:
+        save_adapter(model, folder)
+        load_adapter(detach(model), folder)
+        difference = float((before - logits_of(model, ids)).abs().max())
+        if difference != 0.0:
+            raise AdapterError(f"Not exported: read back, the adapter gives logits that differ by {difference:.3g}.")
+        tokenizer.save_pretrained(folder)
     console.log(f"Exported to {output}; read back, its logits are equal.")
     return ExportResult(str(output), format, sorted(p.name for p in output.iterdir()), difference)

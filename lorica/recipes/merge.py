@@ -17,6 +17,7 @@ from lorica.errors import AdapterError, ConfigError
 from lorica.files import whole_folder
 from lorica.methods.attach import adapters
 from lorica.methods.attach import merge as merge_adapters
+from lorica.methods.lora import LoraEmbedding
 from lorica.models.load import load_model
 from lorica.recipes import console
 from lorica.recipes.opening import open_model
@@ -68,22 +69,31 @@ def write_merged(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tem
     with whole_folder(output) as folder:
         plain.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+        # Not the adapted model's: transformers takes the first parameter's, which may be an adapter's float32.
+        dtype = plain.dtype
         del plain
-        again = load_model(folder, dtype=model.dtype, device=model.device)
-        proof = agreement(adapted, logits_of(again, ids), model.dtype)
+        again = load_model(folder, dtype=dtype, device=model.device)
+        proof = agreement(adapted, logits_of(again, ids), dtype)
         if not proof.holds:
             raise AdapterError(
                 f"Not merged: read back, a logit differs by {proof.max_difference:.3g} from the adapted model's "
-                f"(largest logit {proof.largest_logit:.3g}, tolerance {proof.tolerance:.0%} of it). "
+                f"(largest logit {proof.largest_logit:.3g}; {proof.tolerance * proof.largest_logit:.3g} is allowed). "
                 "Try model.dtype=float32."
             )
     return proof
 
 
 def probe_ids(model: PreTrainedModel, rows: int = 4, length: int = 32) -> torch.Tensor:
-    """Fixed pseudo-random token ids [rows, length] to compare models on."""
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    return torch.randint(0, vocabulary, (rows, length), generator=torch.Generator().manual_seed(0))
+    """Token ids [rows, length] to compare models on: pseudo-random ones, half of them those that the adapter on an
+    embedding changed most. A random token is hardly ever one that was trained on.
+    """
+    embedding = model.get_input_embeddings()
+    ids = torch.randint(0, embedding.weight.shape[0], (rows * length,), generator=torch.Generator().manual_seed(0))
+    if isinstance(embedding, LoraEmbedding):
+        changed = embedding.lora_a.detach().abs().amax(0)
+        most = changed.topk(min(rows * length // 2, len(changed))).indices
+        ids[: len(most)] = most.cpu()
+    return ids.view(rows, length)
 
 
 def check_free(output: Path) -> None:

@@ -6,7 +6,8 @@ The run folder:
     metrics.jsonl                    one row a step, evaluation rows between them
     checkpoints/                     whole, hashed, resumable; the best one always stays
     adapter/                         a PEFT folder: the best weights by evaluation loss, the last ones without
-    evaluation report.md  curves.png            what came of it
+    report.md  curves.png            what came of it
+    result.json                      the same for programs; written last, so it stands for a finished run
 """
 
 from __future__ import annotations
@@ -15,11 +16,14 @@ import os
 import platform
 import random
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+# Its import draws from Python's generator: before a run seeds that one, not when the first progress is shown.
+import rich.style  # noqa: F401
 import torch
 from transformers import PreTrainedModel
 
@@ -27,9 +31,9 @@ from lorica.config import MethodConfig, Resolved, RunConfig, dump_yaml, load_con
 from lorica.data.packing import ROUND_TO, Batch, pack, pad
 from lorica.data.sampler import Order, micro_batches
 from lorica.data.tokenized import TokenizedDataset
-from lorica.errors import AdapterError, CheckpointError
+from lorica.errors import AdapterError, CheckpointError, DataError, ModelError
 from lorica.evaluate.likelihood import likelihood
-from lorica.files import write_json
+from lorica.files import read_json_object, write_json, write_text
 from lorica.interop.peft import load_adapter, save_adapter
 from lorica.methods.attach import adapt, detach, trainable_parameters
 from lorica.methods.method import MethodOptions, method_options
@@ -42,6 +46,7 @@ from lorica.recipes.preparing import PreparedRun, prepare
 from lorica.recipes.report import write_run_report
 from lorica.training.checkpoint import (
     Checkpoint,
+    checkpoint_path,
     find_checkpoints,
     latest_valid,
     read_checkpoint,
@@ -50,9 +55,12 @@ from lorica.training.checkpoint import (
 from lorica.training.identity import check_identity
 from lorica.training.lock import RunLock
 from lorica.training.loop import LoopOptions, LoopResult, is_finished, run_loop
+from lorica.training.memory import return_freed_memory
 
 if TYPE_CHECKING:
     from lorica.recipes.plan import PlanReport
+
+RESULT = "result.json"
 
 
 @dataclass(frozen=True)
@@ -102,9 +110,10 @@ def train(
     if dry_run:
         from lorica.recipes.plan import plan
 
-        return plan(config)
+        return plan(config, require_data=True)
     if config.train.threads is not None:
         torch.set_num_threads(config.train.threads)
+    return_freed_memory()
     output = Path(config.train.output)
     with RunLock(output):
         return _train_locked(config, resolved, output, resume, allow_data_change)
@@ -116,6 +125,7 @@ def _train_locked(
     """The story: data, order, checkpoint, model, adapter, loop, proof, report."""
     checkpoint = _find_checkpoint(output / "checkpoints", resume)
     data = prepare(config)
+    _refuse_misfits(config, data)
     padded = not _can_pack(config)
     settings = config.train
     order = Order(
@@ -132,9 +142,11 @@ def _train_locked(
         saved = {k: v for k, v in checkpoint.state["identity"].items() if k != "model"}
         for warning in check_identity(saved, identity, allow_data_change=allow_data_change):
             console.log(f"Resuming with a change: {warning}")
-        if is_finished(checkpoint, order.num_steps) and (output / "adapter").is_dir():
+        earlier = _saved_result(output)
+        if earlier is not None and is_finished(checkpoint, order.num_steps):
             console.log(f"Nothing to do: {output} finished at step {checkpoint.step}.")
-            return _finished_result(output, checkpoint, data)
+            return replace(earlier, status="nothing to do", resumed_from_step=checkpoint.step)
+        console.log(f"Going on from {checkpoint.path}.")
     console.log(f"{len(data.train):,} training samples, {order.num_steps:,} steps")
 
     model = load_model(
@@ -148,7 +160,7 @@ def _train_locked(
     adapt(model, options)
     if settings.activation_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
-    _write_beginning(output, config, resolved, model)
+    _write_beginning(output, config, resolved, model.device, identity["model"]["dtype"])
     result = run_loop(
         model,
         loss_fn,
@@ -185,8 +197,8 @@ def _train_locked(
         resumed_from_step=None if checkpoint is None else checkpoint.step,
         read_back_difference=difference,
     )
-    write_json(output / "result.json", asdict(done))
     write_run_report(output, asdict(done))
+    write_json(output / RESULT, asdict(done))
     return done
 
 
@@ -243,6 +255,25 @@ def _find_checkpoint(folder: Path, resume: str | Path | None) -> Checkpoint | No
     return read_checkpoint(Path(resume))
 
 
+def _refuse_misfits(config: RunConfig, data: PreparedRun) -> None:
+    """Refuse samples that the base has no positions or no tokens for, before its weights are read."""
+    base = load_model_config(config.model.base, revision=config.model.revision).get_text_config()
+    parts = [part for part in (data.train, data.eval) if part is not None]
+    longest = max(int(part.lengths.max()) for part in parts)
+    context = getattr(base, "max_position_embeddings", None)
+    if context and longest > context:
+        raise DataError(
+            f"The longest sample has {longest:,} tokens, and {config.model.base} takes {context:,}. "
+            f"Set data.max_length={context}; data.too_long says what becomes of longer rows."
+        )
+    highest = max(int(part.input_ids.max()) for part in parts)
+    if highest >= base.vocab_size:
+        raise ModelError(
+            f"{config.model.base}: its tokenizer makes the token {highest:,}, but its vocabulary has "
+            f"{base.vocab_size:,}. The tokenizer belongs to another model."
+        )
+
+
 def _can_pack(config: RunConfig) -> bool:
     if not config.data.packing:
         return False
@@ -291,9 +322,13 @@ def _loop_options(config: RunConfig, padded: bool, pad_id: int) -> LoopOptions:
     )
 
 
-def _write_beginning(output: Path, config: RunConfig, resolved: Resolved | RunConfig, model: PreTrainedModel) -> None:
+def _write_beginning(
+    output: Path, config: RunConfig, resolved: Resolved | RunConfig, device: torch.device, dtype: str
+) -> None:
     text = resolved.dump_yaml() if isinstance(resolved, Resolved) else dump_yaml(config)
-    (output / "config.yaml").write_text(text, encoding="utf-8")
+    # An earlier result stands for a finished run, which this one is not yet.
+    (output / RESULT).unlink(missing_ok=True)
+    write_text(output / "config.yaml", text)
     import transformers
 
     import lorica
@@ -308,8 +343,8 @@ def _write_beginning(output: Path, config: RunConfig, resolved: Resolved | RunCo
             "machine": f"{platform.system()} {platform.machine()}",
             "cpus": os.cpu_count(),
             "threads": torch.get_num_threads(),
-            "device": str(model.device),
-            "dtype": str(model.dtype).removeprefix("torch."),
+            "device": str(device),
+            "dtype": dtype.removeprefix("torch."),
         },
     )
 
@@ -318,9 +353,11 @@ def _take_best(model: PreTrainedModel, output: Path, result: LoopResult) -> int:
     """Put the weights with the lowest evaluation loss into the model; the step that they are from."""
     if result.best_step is None or result.best_step == result.step:
         return result.step
-    best = next(
-        p for p in find_checkpoints(output / "checkpoints") if int(p.name.removeprefix("step-")) == result.best_step
-    )
+    best = checkpoint_path(output / "checkpoints", result.best_step)
+    if not best.is_dir():
+        # Resumed from a checkpoint of another folder, or from one older than what pruning went by.
+        console.log(f"Warning: {best}, the best by evaluation loss, is not there; the adapter has the last weights.")
+        return result.step
     restore_parameters(trainable_parameters(model), read_checkpoint(best).tensors["trainable"])
     return result.best_step
 
@@ -343,8 +380,9 @@ def _save_proved(model: PreTrainedModel, folder: Path, data: PreparedRun) -> flo
     return difference
 
 
-def _finished_result(output: Path, checkpoint: Checkpoint, data: PreparedRun) -> TrainResult:
-    import json
-
-    saved = json.loads((output / "result.json").read_text(encoding="utf-8"))
-    return TrainResult(**{**saved, "status": "nothing to do", "resumed_from_step": checkpoint.step})
+def _saved_result(output: Path) -> TrainResult | None:
+    """What a finished run left; None where it is missing, or of a version with other fields."""
+    try:
+        return TrainResult(**read_json_object(output / RESULT))
+    except (OSError, ValueError, TypeError):
+        return None

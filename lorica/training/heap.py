@@ -4,15 +4,15 @@ On a CPU torch takes tensors from `posix_memalign(64)`. glibc looks for 96 bytes
 boundary, and leaves a gap of 48 bytes before it. Two things follow. A freed block is too short for the next one of the
 same size unless a neighbour is free as well; and the program's small objects, of which a step makes hundreds of
 thousands, settle in the gaps and keep neighbours apart. So a step of equal tensors needs far more than is alive at
-once: 1.4 to 3.2 times, measured. No formula in live bytes alone predicted it; replaying the births and deaths on a model
-of the heap does.
+once: 1.4 to 3.2 times, measured. No formula in live bytes alone predicted it; replaying the births and deaths on a
+model of the heap does.
 
 The model: best fit, neighbours joined, blocks from a threshold mapped on their own, the threshold growing with what is
 unmapped (up to 32 MiB), the top given back. Small objects are not followed. They take a share of the gaps until the
-step ends, and some for good; the two shares are the only fitted numbers (15 runs of four models with glibc 2.36, see
-docs/decisions), and the draw is seeded.
+step ends, and some for good; the two shares are the only fitted numbers (15 runs of four models with glibc 2.36). The
+draw is seeded.
 
-What it gives up: other C libraries (`resident_peak` then answers with the live bytes), and what threads beside the main
+What it gives up: other C libraries (see `is_glibc`), and what threads beside the main
 one allocate.
 """
 
@@ -23,9 +23,9 @@ import random
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 
-GAPS_TAKEN_FOR_THE_STEP = 0.72
+GAPS_TAKEN_FOR_THE_STEP = 0.75
 GAPS_TAKEN_FOR_GOOD = 0.03
-RUNTIME_BYTES = 40 << 20
+RUNTIME_BYTES = 48 << 20
 """What the first step brings in besides tensors: kernels, their scratch and caches, autograd's nodes."""
 
 _HEADER, _ALIGNMENT, _SMALLEST = 16, 64, 32

@@ -331,6 +331,8 @@ def _accumulate_gradients(run: _Run, batches: list[Batch], num_targets: int) -> 
                 # Per forward, so it is weighted as if each of the micro batch's tokens had it.
                 loss = loss + batch.num_targets * extra
         (loss / num_targets).backward()  # type: ignore[no-untyped-call]
+        # Or its graph would live through the next forward pass.
+        del loss
     return total / num_targets
 
 

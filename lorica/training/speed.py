@@ -1,4 +1,4 @@
-"""How fast this machine does a step's work: four rates, measured in about a second, and a roofline over them.
+"""How fast this machine does a step's work: a few rates, measured in about a second, and a roofline over them.
 
 An operation takes the longer of its arithmetic and its memory traffic, and a little for being called. It gives up what
 cannot be seen from outside: caches that keep a tensor warm between two operations, and other programs on the machine.
@@ -24,7 +24,7 @@ class Speed:
     """Rates of one device in one dtype: floating-point operations a second by kind of operation, and the rest.
 
     Attributes:
-        flops_per_second: for `matmul`, `attention` and `attention_backward`.
+        flops_per_second: for each kind of operation but `memory`.
         bytes_per_second: read and written by elementwise operations.
         call_seconds: of an operation that does next to nothing.
     """
@@ -63,6 +63,7 @@ def measure_speed(
     products = 2 * 2 * heads * length * length * q.shape[-1]
     rates = {
         "matmul": 2 * x.numel() * 4 * hidden / _seconds(lambda: F.linear(x, w), device),
+        "narrow_matmul": 2 * x.numel() * 16 / _seconds(lambda: F.linear(x, w[:16]), device),
         "attention": products
         / _seconds(lambda: F.scaled_dot_product_attention(q.detach(), q.detach(), q.detach(), is_causal=True), device),
         "attention_backward": 2.5

@@ -1,0 +1,133 @@
+"""From a configuration to rehearsals of its training step, with the run's own data where that is at hand.
+
+What `plan` shows and what `fitting.py` tries are the same function, `rehearse_run`, under different configurations.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import PretrainedConfig
+
+from lorica.config import RunConfig
+from lorica.data.sampler import Order, micro_batches
+from lorica.data.tokenized import Int64
+from lorica.errors import ModelError
+from lorica.models.attention import packing_support
+from lorica.models.load import load_config, pick_device, pick_dtype
+from lorica.recipes.preparing import prepare
+from lorica.recipes.train import make_method_options
+from lorica.training.rehearsal import Rehearsal, rehearse
+
+ASSUMED_LENGTH = 512
+"""Tokens of a sample where the data is not at hand."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all rehearsals of one plan share.
+
+    Attributes:
+        base: the base's configuration.
+        padded: batches are padded, because the base cannot pack or the run does not want to.
+        trained_fraction: share of the tokens that are targets.
+        lengths: tokens of every sample; like the following, None where the data is not at hand.
+        first_batches: sample indices of the run's first optimizer steps.
+        steps: optimizer steps of the run.
+        tokens: tokens that the run goes through.
+    """
+
+    base: PretrainedConfig
+    device: torch.device
+    padded: bool
+    trained_fraction: float
+    lengths: Int64 | None
+    first_batches: list[Int64] | None
+    steps: int | None
+    tokens: float | None
+
+
+def look_around(config: RunConfig, require_data: bool) -> tuple[Setting, list[str]]:
+    """The base's configuration, and the data as far as it is at hand; what was assumed instead."""
+    base = load_config(config.model.base, revision=config.model.revision)
+    device = pick_device(config.model.device)
+    reason = packing_support(base) if config.data.packing else "data.packing is false"
+    assumptions = [] if reason is None else [f"Batches are padded: {reason}."]
+    setting = Setting(base, device, reason is not None, 1.0, None, None, None, None)
+    if not require_data and not Path(config.data.train).exists():
+        return setting, [*assumptions, _assumed(config, f"{config.data.train} is not on this machine")]
+    try:
+        dataset = prepare(config).train
+    except ModelError as error:
+        if require_data:
+            raise
+        return setting, [*assumptions, _assumed(config, f"the data cannot be read without a tokenizer ({error})")]
+    train = config.train
+    order = Order(
+        dataset.lengths,
+        seed=train.seed,
+        batch_tokens=train.batch_tokens,
+        epochs=train.epochs,
+        padded=setting.padded,
+        max_steps=train.max_steps,
+    )
+    setting = replace(
+        setting,
+        trained_fraction=dataset.num_trained_tokens / max(1, int(dataset.lengths.sum())),
+        lengths=dataset.lengths,
+        first_batches=[order.batch(step) for step in range(min(order.num_steps, 8))],
+        steps=order.num_steps,
+        tokens=float(dataset.lengths.sum()) * order.epoch(order.num_steps),
+    )
+    return setting, assumptions
+
+
+def _assumed(config: RunConfig, reason: str) -> str:
+    length = min(config.data.max_length, ASSUMED_LENGTH)
+    return f"Samples of {length} tokens, all of them trained, are assumed: {reason}."
+
+
+def rehearse_run(config: RunConfig, setting: Setting) -> Rehearsal:
+    """A step of the run as `config` says, on the data of `setting`."""
+    return rehearse(
+        setting.base,
+        make_method_options(config.method),
+        dtype=run_dtype(config, setting),
+        device=setting.device,
+        lengths=batch_lengths(config, setting),
+        trained_fraction=setting.trained_fraction,
+        padded=setting.padded,
+        num_micro_batches=num_micro_batches(config),
+        activation_checkpointing=config.train.activation_checkpointing,
+    )
+
+
+def run_dtype(config: RunConfig, setting: Setting) -> torch.dtype:
+    """The dtype of the run's base."""
+    return pick_dtype(config.model.dtype, setting.base, setting.device)
+
+
+def micro_batch_tokens(config: RunConfig) -> int:
+    """Most tokens of one forward pass."""
+    return config.train.micro_batch_tokens or config.train.batch_tokens
+
+
+def num_micro_batches(config: RunConfig) -> int:
+    """Forward passes of one optimizer step."""
+    return -(-config.train.batch_tokens // micro_batch_tokens(config))
+
+
+def batch_lengths(config: RunConfig, setting: Setting) -> list[int]:
+    """Tokens of the samples in the largest micro batch of the first steps, or in one as it is assumed."""
+    budget, longest = micro_batch_tokens(config), config.data.max_length
+    if setting.lengths is None or setting.first_batches is None:
+        length = min(longest, ASSUMED_LENGTH)
+        rest = budget % length
+        return [length] * (budget // length) + ([rest] if rest > 1 else [])
+    lengths = np.minimum(setting.lengths, longest)
+    parts = [p for batch in setting.first_batches for p in micro_batches(batch, lengths, budget, setting.padded)]
+    sizes = [len(p) * lengths[p].max() if setting.padded else lengths[p].sum() for p in parts]
+    return [int(n) for n in lengths[parts[int(np.argmax(sizes))]]]

@@ -1,0 +1,128 @@
+"""The rehearsal against closed forms: bytes of every part, activations counted by hand, floating-point operations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import LlamaConfig
+
+from lorica.errors import TargetError
+from lorica.methods.attach import adapt, trainable_parameters
+from lorica.methods.lora import LoRA
+from lorica.training.rehearsal import Ledger, Rehearsal, example_batch, rehearse
+
+
+@pytest.fixture
+def rehearsed(tiny_llama: Callable[..., Any]) -> Callable[..., Rehearsal]:
+    config: LlamaConfig = tiny_llama().config
+
+    def run(options: LoRA | None = None, **changes: Any) -> Rehearsal:
+        arguments: dict[str, Any] = {"dtype": torch.float32, "lengths": [16, 16, 7], **changes}
+        return rehearse(config, options or LoRA(rank=4), **arguments)
+
+    return run
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_parts_in_closed_form(
+    rehearsed: Callable[..., Rehearsal], tiny_llama: Callable[..., Any], dtype: torch.dtype
+) -> None:
+    found = rehearsed(dtype=dtype, num_micro_batches=2)
+    model = tiny_llama()
+    buffers = sum(b.numel() * b.element_size() for b in model.buffers())
+    num_base = sum(p.numel() for p in model.parameters())
+    trained = trainable_parameters(adapt(model, LoRA(rank=4)))
+    num_trained = sum(p.numel() for p in trained.values())
+    assert (found.num_parameters, found.num_trainable) == (num_base + num_trained, num_trained)
+    assert found.weights == num_base * dtype.itemsize + buffers
+    assert found.adapter == found.gradients == 4 * num_trained
+    # AdamW counts its steps in one float32 a tensor.
+    assert found.optimizer == 8 * num_trained + 4 * len(trained)
+    assert found.num_tokens == 39
+    assert found.peak_bytes == found.live_bytes + found.allocator > found.live_bytes
+
+
+def test_gradients_do_not_wait_from_step_to_step(rehearsed: Callable[..., Rehearsal]) -> None:
+    once, accumulated = rehearsed(num_micro_batches=1), rehearsed(num_micro_batches=2)
+    assert once.gradients < accumulated.gradients
+
+
+def test_activations_of_an_mlp_by_hand() -> None:
+    rows, width, inner = 10, 4, 8
+    ledger = Ledger()
+    with FakeTensorMode():
+        model = nn.Sequential(nn.Linear(width, inner), nn.Tanh(), nn.Linear(inner, width, bias=False))
+        model[0].requires_grad_(False)
+        x = torch.empty(rows, width, requires_grad=True)
+        with ledger:
+            held = {ledger.add(t) for t in (x, *model.parameters())}
+            loss = model(x).sum()
+            kept = ledger.alive() - held
+            forward = dict(ledger.work)
+            loss.backward()
+    # tanh keeps its output, which is also what the second weight's gradient needs; the scalar is the caller's.
+    assert sorted(ledger.sizes[n] for n in kept) == [4, 4 * rows * inner]
+    assert sum(o.flops * n for o, n in forward.items()) == 2 * (2 * rows * width * inner)
+    backward = sum(o.flops * n for o, n in ledger.work.items()) - sum(o.flops * n for o, n in forward.items())
+    # The frozen weight costs the gradient of its input alone, the trained one both.
+    assert backward == 3 * (2 * rows * width * inner)
+
+
+def test_views_are_not_counted_twice_and_deaths_are_seen() -> None:
+    ledger = Ledger()
+    with FakeTensorMode(), ledger:
+        x = torch.empty(100)
+        y = x.view(10, 10).t()[2:]
+        z = x + 1
+        assert ledger.sizes == [400, 400] and len(ledger.alive()) == 2
+        del x, z
+        assert len(ledger.alive()) == 1, "the view keeps the storage"
+        del y
+    assert ledger.alive() == set() and len(ledger.alive(ledger.peak())) == 2
+    assert ledger.events == [(0, 1), (1, 1), (1, -1), (0, -1)]
+
+
+def test_checkpointing_keeps_less_and_works_more(rehearsed: Callable[..., Rehearsal]) -> None:
+    plain, checkpointed = (rehearsed(lengths=[64] * 4, activation_checkpointing=c) for c in (False, True))
+    assert checkpointed.activations < plain.activations / 2 and checkpointed.live_bytes < plain.live_bytes
+
+    def flops(found: Rehearsal) -> int:
+        return sum(operation.flops * count for operation, count in found.work.items())
+
+    assert 1.2 * flops(plain) < flops(checkpointed) < 1.6 * flops(plain)
+
+
+def test_activations_grow_with_the_tokens(rehearsed: Callable[..., Rehearsal]) -> None:
+    one, two = rehearsed(lengths=[64] * 2), rehearsed(lengths=[64] * 4)
+    assert two.activations == pytest.approx(2 * one.activations, rel=0.02)
+
+
+def test_untrained_tokens_skip_the_head(rehearsed: Callable[..., Rehearsal]) -> None:
+    everything, half = (rehearsed(lengths=[64] * 4, trained_fraction=f) for f in (1.0, 0.5))
+    assert sum(o.flops * n for o, n in half.work.items()) < sum(o.flops * n for o, n in everything.work.items())
+    batch = example_batch([64, 32], trained_fraction=0.25)
+    # A quarter of 96 tokens; the first token of a sample is never a target.
+    assert abs(batch.num_targets - 24) <= 2 and batch.num_tokens == 96
+
+
+def test_padded_batches_pay_for_their_padding(rehearsed: Callable[..., Rehearsal]) -> None:
+    packed, padded = (rehearsed(lengths=[64, 4, 4, 4], padded=p) for p in (False, True))
+    assert packed.num_tokens == padded.num_tokens == 76 and padded.activations > 2 * packed.activations
+
+
+def test_nothing_outside_is_touched(tiny_llama: Callable[..., Any]) -> None:
+    config = tiny_llama().config
+    before, described = torch.get_rng_state(), config.to_dict()
+    rehearse(config, LoRA(rank=2, dropout=0.1), dtype=torch.bfloat16, lengths=[8])
+    assert torch.equal(torch.get_rng_state(), before) and config.to_dict() == described
+    assert torch.get_default_dtype() == torch.float32 and type(torch.zeros(1)) is torch.Tensor
+
+
+def test_targets_that_match_nothing(rehearsed: Callable[..., Rehearsal]) -> None:
+    with pytest.raises(TargetError, match="no_such"):
+        rehearsed(LoRA(targets=("no_such",)))
