@@ -16,7 +16,7 @@ import typer
 
 from lorica import errors
 from lorica.cli import app, main
-from lorica.config import RunConfig
+from lorica.config import Resolved
 
 Recipe = Callable[..., Any]
 
@@ -122,7 +122,9 @@ def test_arguments_reach_the_recipes(config: str, fake: Recipe) -> None:
     ]
     assert main(words) == 0
     ((run,), options) = calls[0]
-    assert isinstance(run, RunConfig) and (run.method.rank, run.train.max_steps, run.train.lr) == (4, 7, 1.0)
+    assert isinstance(run, Resolved) and run.origin["train.lr"] == "command line"
+    values = run.config
+    assert (values.method.rank, values.train.max_steps, values.train.lr) == (4, 7, 1.0)
     assert options == {"resume": "auto", "dry_run": False, "allow_data_change": True}
 
     calls = fake("plan", "plan", {})
@@ -138,7 +140,7 @@ def test_a_shell_in_the_output_name_is_only_a_name(config: str, fake: Recipe, tm
     trace = tmp_path / "trace"
     calls = fake("train", "train", {})
     assert main(["train", config, f"train.output=x; touch {trace}"]) == 0
-    assert calls[0][0][0].train.output == f"x; touch {trace}"
+    assert calls[0][0][0].config.train.output == f"x; touch {trace}"
     Path(config).write_text(f"model: {{base: embedded}}\ndata: {{train: y}}\ntrain: {{output: 'x; touch {trace}'}}\n")
     assert main(["train", config]) == 0
     assert calls[1][0][0].train.output == f"x; touch {trace}" and not trace.exists()

@@ -17,7 +17,7 @@ import numpy as np
 from lorica.data.render import Prepared
 from lorica.data.rows import Example, RowFault
 from lorica.data.sampler import epoch_batches
-from lorica.data.tokenized import IGNORE, Int32, TokenizedDataset
+from lorica.data.tokenized import IGNORE, Int32
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

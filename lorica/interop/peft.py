@@ -80,8 +80,7 @@ def save_adapter(model: nn.Module, folder: str | Path) -> Path:
     broken = [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
     if broken:
         raise AdapterError(f"Not saved: {len(broken)} tensors hold NaN or infinity, the first is {broken[0]}.")
-    if folder.exists() and not (folder / CONFIG).is_file() and (not folder.is_dir() or any(folder.iterdir())):
-        raise AdapterError(f"Not saved: {folder} exists and is no adapter folder. Choose an empty or a new one.")
+    check_adapter_folder(folder)
     with whole_folder(folder) as temporary:
         save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
         write_json(temporary / CONFIG, _peft_config(model, found))
@@ -89,6 +88,12 @@ def save_adapter(model: nn.Module, folder: str | Path) -> Path:
         write_json(temporary / PROOF, {"format": 1, "base_fingerprint": base_fingerprint(model), "sha256": files})
         _prove(tensors, temporary)
     return folder
+
+
+def check_adapter_folder(folder: Path) -> None:
+    """Refuse, with an AdapterError, a folder that holds something else than an adapter: saving would replace it."""
+    if folder.exists() and not (folder / CONFIG).is_file() and (not folder.is_dir() or any(folder.iterdir())):
+        raise AdapterError(f"Not saved: {folder} exists and is no adapter folder. Choose an empty or a new one.")
 
 
 def load_adapter(model: Model, folder: str | Path) -> Model:
@@ -238,7 +243,8 @@ def _check_proof(model: nn.Module, folder: Path) -> None:
     if expected is not None and expected != base_fingerprint(model):
         raise AdapterError(
             f"{folder} was made for another base: its fingerprint is {str(expected)[:12]}…, this model's is "
-            f"{base_fingerprint(model)[:12]}…. Load the base it was trained on."
+            f"{base_fingerprint(model)[:12]}…. Load the base it was trained on; if that is in "
+            "float16, in the same dtype."
         )
 
 

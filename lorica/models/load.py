@@ -135,8 +135,8 @@ def base_fingerprint(model: nn.Module) -> str:
     """A short hash that tells one base's weights from another's: 64 hexadecimal digits.
 
     It covers the name and shape of every frozen tensor of the base and up to 64 values of each, spread over it,
-    rounded to bfloat16, so the same checkpoint gives the same fingerprint whichever dtype it is loaded in, adapted or
-    not.
+    rounded to bfloat16, so the same checkpoint gives the same fingerprint in float32 and in bfloat16, adapted or not.
+    (In float16 it may give another: values are rounded twice.)
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(_base_tensors(model).items()):

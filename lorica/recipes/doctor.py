@@ -35,6 +35,7 @@ REQUIRED = {
     "sacrebleu": "2.4",
     "rouge-score": "0.1.2",
     "matplotlib": "3.8",
+    "jinja2": "3.1.6",
 }
 OPTIONAL = {
     "pyarrow": "reads Parquet files: pip install 'lorica[hub]'",

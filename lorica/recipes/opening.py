@@ -1,8 +1,8 @@
 """What a path or a name on the command line stands for, and how it is opened: for eval, generate, merge, export.
 
-    a run folder        config.yaml + adapter/             -> the run's base with the run's adapter
-    an adapter folder   adapter_config.json                -> the base that it names, with this adapter
-    anything else       a folder, a hub id, "embedded"     -> that model as it is
+a run folder        config.yaml + adapter/             -> the run's base with the run's adapter
+an adapter folder   adapter_config.json                -> the base that it names, with this adapter
+anything else       a folder, a hub id, "embedded"     -> that model as it is
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ class Source:
     def load_base(self) -> PreTrainedModel:
         """The base without the adapter, frozen."""
         model = self.model
-        return load_model(
-            model.base, dtype=model.dtype, device=model.device, revision=model.revision
-        ).requires_grad_(False)
+        return load_model(model.base, dtype=model.dtype, device=model.device, revision=model.revision).requires_grad_(
+            False
+        )
 
     def open_tokenizer(self) -> tuple[PreTrainedTokenizerBase, Renderer]:
         """The base's tokenizer, and the renderer that the run trained with (the default one without a run)."""

@@ -1,9 +1,9 @@
 """`lorica quickstart`: the whole road in a few minutes, on a base and a data set that come with the package.
 
-A fictional company's handbook is generated: facts that no base can know, records to put into sentences, small sums. The
-embedded base is trained on it with LoRA, measured before and after on questions in words that training never used and on
-records and sums that it never saw, merged, exported, and each step proved. Everything a step writes stays in the output
-folder, run.yaml first: it is an ordinary run, to be repeated with `lorica train` and changed.
+A fictional company's handbook is generated: facts that no base can know, records to put into sentences, small sums.
+The embedded base is trained on it with LoRA, measured before and after on questions in words that training never used
+and on records and sums that it never saw, merged, exported, and each step proved. Everything a step writes stays in the
+output folder, run.yaml first: it is an ordinary run, to be repeated with `lorica train` and changed.
 """
 
 from __future__ import annotations

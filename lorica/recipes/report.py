@@ -78,8 +78,8 @@ def draw_curves(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
 
 
 def _smooth(values: Sequence[float]) -> list[float]:
-    """Exponential moving average over about a twentieth of the run, without the bias of its start."""
-    keep = 1 - 1 / max(1.0, len(values) / 20)
+    """Exponential moving average over about a fiftieth of the run, without the bias of its start."""
+    keep = 1 - 1 / max(1.0, len(values) / 50)
     smooth, weight, result = 0.0, 0.0, []
     for value in values:
         smooth, weight = keep * smooth + (1 - keep) * value, keep * weight + (1 - keep)

@@ -34,7 +34,7 @@ from lorica.data.tokenized import TokenizedDataset
 from lorica.errors import AdapterError, CheckpointError, DataError, ModelError
 from lorica.evaluate.likelihood import likelihood
 from lorica.files import read_json_object, write_json, write_text
-from lorica.interop.peft import load_adapter, save_adapter
+from lorica.interop.peft import check_adapter_folder, load_adapter, save_adapter
 from lorica.methods.attach import adapt, detach, trainable_parameters
 from lorica.methods.method import MethodOptions, method_options
 from lorica.models.attention import packing_support
@@ -123,6 +123,7 @@ def _train_locked(
     config: RunConfig, resolved: Resolved | RunConfig, output: Path, resume: str | Path | None, allow_data_change: bool
 ) -> TrainResult:
     """The story: data, order, checkpoint, model, adapter, loop, proof, report."""
+    check_adapter_folder(output / "adapter")
     checkpoint = _find_checkpoint(output / "checkpoints", resume)
     data = prepare(config)
     _refuse_misfits(config, data)

@@ -30,6 +30,7 @@ from lorica.methods.attach import adapters, trainable_parameters
 from lorica.methods.method import Adapter
 from lorica.training.checkpoint import (
     Checkpoint,
+    checkpoint_path,
     clean_leftovers,
     discard_after,
     find_checkpoints,
@@ -240,10 +241,14 @@ def _begin(
         counters = _Counters()
     else:
         counters = _Counters(**resume.state["counters"])
+        if counters.best_step != resume.step and not _is_there(checkpoints, counters.best_step):
+            # Resumed into another folder: what was best there cannot be taken here.
+            counters.best_step = counters.best_loss = None
         restore_parameters(parameters, resume.tensors["trainable"])
         load_optimizer_tensors(optimizer, parameters, resume.tensors["optimizer"])
         # This run writes its own future; what an abandoned or damaged one left there would be taken for it.
         discard_after(checkpoints, resume.step)
+        prune(checkpoints, options.keep_checkpoints, counters.best_step)
         restore_rng(resume.tensors["rng"])
     device = next(iter(parameters.values())).device
     wrapped = list(adapters(model).values())
@@ -339,7 +344,7 @@ def _accumulate_gradients(run: _Run, batches: list[Batch], num_targets: int) -> 
 def _evaluate(run: _Run, evaluate: Callable[[], Mapping[str, float]]) -> dict[str, Any]:
     """Evaluate and note whether this is the best so far; the row for metrics.jsonl."""
     counters = run.counters
-    with _mode(run.model, training=False), torch.no_grad():
+    with _mode(run.model, training=False), torch.no_grad(), _out_of_memory_explained(run.options):
         scores = evaluate()
     counters.evaluated_step = counters.step
     if math.isfinite(scores["loss"]) and (counters.best_loss is None or scores["loss"] < counters.best_loss):
@@ -353,6 +358,12 @@ def _evaluate(run: _Run, evaluate: Callable[[], Mapping[str, float]]) -> dict[st
 
 
 def _save(run: _Run, identity: Mapping[str, Any], finished: bool) -> None:
+    broken = [name for name, parameter in run.parameters.items() if not bool(parameter.isfinite().all())]
+    if broken:
+        raise DivergedError(
+            f"The weights are no longer finite after step {run.counters.step}; the first is {broken[0]}. "
+            f"{_last_good(run)} Try a lower train.lr, a longer train.warmup or a smaller train.clip."
+        )
     tensors = {
         "trainable": {name: parameter.detach() for name, parameter in run.parameters.items()},
         "optimizer": optimizer_tensors(run.optimizer, run.parameters),
@@ -367,13 +378,17 @@ def _refuse_divergence(run: _Run, row: Mapping[str, Any]) -> None:
     skips = run.counters.skips_in_a_row
     if skips == 0 or (run.options.on_nan == "skip" and skips < MAX_SKIPS):
         return
-    paths = find_checkpoints(run.checkpoints)
-    last = f"The last good checkpoint is {paths[-1]}." if paths else "No checkpoint was saved yet."
     samples = run.order.batch(row["step"] - 1)[:8].tolist()
     raise DivergedError(
         f"Training diverged at step {row['step']}: {row['skipped']}, {skips} such step(s) on end; the batch begins "
-        f"with the samples {samples}. {last} Try a lower train.lr, a longer train.warmup or a smaller train.clip."
+        f"with the samples {samples}. {_last_good(run)} Try a lower train.lr, a longer train.warmup or a smaller "
+        "train.clip."
     )
+
+
+def _last_good(run: _Run) -> str:
+    paths = find_checkpoints(run.checkpoints)
+    return f"The last good checkpoint is {paths[-1]}." if paths else "No checkpoint was saved yet."
 
 
 def _result(run: _Run) -> LoopResult:
@@ -388,6 +403,10 @@ def _result(run: _Run) -> LoopResult:
         seconds=counters.seconds,
         peak_memory_bytes=peak_memory_bytes(run.device),
     )
+
+
+def _is_there(checkpoints: Path, step: int | None) -> bool:
+    return step is not None and checkpoint_path(checkpoints, step).is_dir()
 
 
 def _is_due(step: int, every: int, last: int) -> bool:
@@ -413,7 +432,7 @@ def _out_of_memory_explained(options: LoopOptions) -> Iterator[None]:
         if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "DefaultCPUAllocator" not in str(error):
             raise
         raise DoesNotFitError(
-            f"Memory ran out in a training step with {options.micro_batch_tokens} tokens at once: "
+            f"Memory ran out with {options.micro_batch_tokens} tokens at once: "
             f"{str(error).splitlines()[0]}\n"
             f"Try train.micro_batch_tokens={max(1, options.micro_batch_tokens // 2)} (the result stays the same), "
             "train.activation_checkpointing=true, model.dtype=bfloat16 or a smaller data.max_length."
