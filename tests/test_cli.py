@@ -143,7 +143,7 @@ def test_a_shell_in_the_output_name_is_only_a_name(config: str, fake: Recipe, tm
     assert calls[0][0][0].config.train.output == f"x; touch {trace}"
     Path(config).write_text(f"model: {{base: embedded}}\ndata: {{train: y}}\ntrain: {{output: 'x; touch {trace}'}}\n")
     assert main(["train", config]) == 0
-    assert calls[1][0][0].train.output == f"x; touch {trace}" and not trace.exists()
+    assert calls[1][0][0].config.train.output == f"x; touch {trace}" and not trace.exists()
 
 
 def test_json_is_one_document_whatever_is_printed(fake: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
