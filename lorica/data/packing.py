@@ -73,7 +73,8 @@ def pack(dataset: TokenizedDataset, indices: Sequence[int] | Int64, multiple: in
     if filler := -num_tokens % multiple:
         input_ids = np.concatenate([input_ids, np.zeros(filler, np.int64)])
         targets = np.concatenate([targets, np.full(filler, IGNORE, np.int64)])
-        position_ids = np.concatenate([position_ids, np.arange(filler, dtype=np.int64)])
+        # All at position 0: the filler may be longer than the model's context.
+        position_ids = np.concatenate([position_ids, np.zeros(filler, np.int64)])
         offsets = np.append(offsets, len(input_ids))
     return Batch(
         input_ids=torch.from_numpy(input_ids)[None],

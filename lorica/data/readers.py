@@ -62,7 +62,7 @@ def read_csv(path: Path) -> Rows:
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         first = file.readline()
         file.seek(0)
-        delimiter = "\t" if path.suffix == ".tsv" else max(",;\t", key=first.count)
+        delimiter = "\t" if path.suffix.lower() == ".tsv" else max(",;\t", key=first.count)
         # Strict: otherwise a quote that is never closed swallows the rest of the file in silence.
         reader = csv.reader(file, delimiter=delimiter, strict=True)
         header = next(reader, [])

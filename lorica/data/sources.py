@@ -6,7 +6,6 @@ whether that stops the run is the caller's policy (`refuse_faults`). A local pat
 
 from __future__ import annotations
 
-import codecs
 import difflib
 import re
 from collections import Counter
@@ -18,7 +17,7 @@ from typing import Any
 
 from lorica.data import formats, readers
 from lorica.data.formats import FORMATS
-from lorica.data.rows import Example, Message, RowError, RowFault, refuse
+from lorica.data.rows import Example, Message, RowError, RowFault, list_faults, refuse
 from lorica.data.turns import maybe_json
 from lorica.errors import DataError
 
@@ -28,6 +27,15 @@ __all__ = ["FORMATS", "Example", "Loaded", "Message", "RowError", "RowFault", "l
 ROWS_TO_DETECT = 50
 
 SPLITS = ("train", "validation", "valid", "val", "dev", "eval", "test")
+
+# How files begin that are not what their name says. The mark of UTF-32 begins with that of UTF-16.
+SIGNATURES: Mapping[bytes, str] = {
+    b"\xff\xfe\0\0": "UTF-32; UTF-8 is wanted: iconv -f UTF-32 -t UTF-8",
+    b"\0\0\xfe\xff": "UTF-32; UTF-8 is wanted: iconv -f UTF-32 -t UTF-8",
+    b"\xff\xfe": "UTF-16; UTF-8 is wanted: iconv -f UTF-16 -t UTF-8",
+    b"\xfe\xff": "UTF-16; UTF-8 is wanted: iconv -f UTF-16 -t UTF-8",
+    b"\x1f\x8b": "compressed; unpack it first: gunzip",
+}
 
 Place = tuple[str, Mapping[str, Any] | RowError]
 
@@ -70,7 +78,7 @@ def load_examples(
     faults = [row.at(origin) for origin, row in places if isinstance(row, RowError)]
     good = [(origin, row) for origin, row in places if not isinstance(row, RowError)]
     if not good:
-        refuse(faults, len(places), "error")
+        raise DataError(_none_readable(str(source), faults))
     names, turn_keys = _survey([row for _, row in good[:ROWS_TO_DETECT]], columns or {})
     name, found = formats.detect(names, turn_keys, format=format, mapping=columns or {}, source=str(source))
     present = dict.fromkeys(column for _, row in good for column, value in row.items() if value is not None)
@@ -94,6 +102,14 @@ def refuse_faults(loaded: Loaded, policy: str) -> None:
     refuse(loaded.faults, loaded.num_rows, policy)
 
 
+def _none_readable(source: str, faults: list[RowFault]) -> str:
+    """Leaving rows out would leave none, so it is said what the whole file may be instead."""
+    advice = "UTF-8 is wanted; convert the file: iconv -f ENCODING -t UTF-8, where ENCODING is GB18030 or LATIN1, say."
+    if any(fault.rule != "encoding" for fault in faults):
+        advice = "A .jsonl file holds one object a line, a .json file one list of objects: [{...}, {...}]."
+    return f"{source}: none of its {len(faults)} rows can be read:\n{list_faults(faults)}\n{advice}"
+
+
 def _survey(rows: list[Mapping[str, Any]], mapping: Mapping[str, str]) -> tuple[list[str], set[str]]:
     """The columns that half of `rows` have, or that are mapped, and the keys of the first turn found in them."""
     counts = Counter(column for row in rows for column, value in row.items() if value is not None)
@@ -112,7 +128,9 @@ def _local(path: Path, split: str | None) -> Iterator[Place]:
             raise DataError(f"{path}: a file has no split {split!r}; data.split is for folders and hub ids.")
         yield from _file(path, path.name)
         return
-    files = sorted(file for file in path.rglob("*") if file.suffix in readers.READERS and file.is_file())
+    if not path.is_dir():
+        raise DataError(f"{path}: is neither a file nor a folder; a pipe cannot be read twice, so save its rows first.")
+    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in readers.READERS and file.is_file())
     files = [file for file in files if not any(part.startswith(".") for part in file.relative_to(path).parts)]
     if not files:
         raise DataError(f"{path}: the folder holds no {', '.join(readers.READERS)} file.")
@@ -142,13 +160,16 @@ def _listed(folder: Path, files: list[Path]) -> str:
 
 
 def _file(path: Path, name: str) -> Iterator[Place]:
-    if path.suffix not in readers.READERS:
+    suffix = path.suffix.lower()
+    if suffix not in readers.READERS:
         raise DataError(f"{path}: unknown kind of file {path.suffix!r}; {', '.join(readers.READERS)} are read.")
     try:
         with path.open("rb") as file:
-            if file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
-                raise DataError(f"{path}: is UTF-16; UTF-8 is wanted: iconv -f UTF-16 -t UTF-8 {path.name}")
-        for place, row in readers.READERS[path.suffix](path):
+            start = file.read(4)
+        for signature, advice in SIGNATURES.items():
+            if start.startswith(signature):
+                raise DataError(f"{path}: is {advice} {path.name}")
+        for place, row in readers.READERS[suffix](path):
             yield f"{name}:{place}", row
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
@@ -158,7 +179,7 @@ def _hub(source: str, split: str | None) -> Iterator[Place]:
     path = Path(source)
     looks_local = path.suffix in readers.READERS or source.startswith(("/", ".", "~"))
     if looks_local or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source):
-        near = [file.name for file in path.parent.iterdir()] if path.parent.is_dir() else []
+        near = [file.name for file in path.parent.iterdir() if file.exists()] if path.parent.is_dir() else []
         close = difflib.get_close_matches(path.name, near, n=1)
         hint = f" Did you mean {path.parent / close[0]}?" if close else ""
         raise DataError(f"{source}: no such file or folder.{hint}")

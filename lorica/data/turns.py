@@ -71,7 +71,7 @@ def single_turn(value: object) -> object:
     """A response given as one turn, or a list of one turn, as that turn's content; anything else as it is."""
     if isinstance(value, list) and len(value) == 1:
         value = value[0]
-    if isinstance(value, Mapping):
+    if isinstance(value, Mapping) and ("content" in value or "value" in value):
         return value.get("content", value.get("value"))
     return value
 

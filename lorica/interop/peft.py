@@ -338,10 +338,12 @@ def _copy_weights(model: nn.Module, file: Any, folder: Path) -> None:
                 if not bool(torch.isfinite(tensor).all()):
                     faults.append(f"{_tensor_name(name, adapter, part)} holds NaN or infinity")
                 parameter.copy_(tensor)
+    present = dict(model.named_modules())
     for key in file.keys():  # noqa: SIM118 - not a dict
         if _is_copy_of_base(key):
-            module = model.get_submodule(key.removeprefix(_PREFIX).removesuffix(".weight").removesuffix(".base_layer"))
-            if not torch.equal(file.get_tensor(key).to(module.weight), module.weight):  # type: ignore[arg-type]
+            module = present.get(key.removeprefix(_PREFIX).removesuffix(".weight").removesuffix(".base_layer"))
+            weight = getattr(module, "weight", None)
+            if weight is None or not torch.equal(file.get_tensor(key).to(weight), weight):
                 faults.append(f"{key} is not the base's: a trained embedding or head cannot be loaded")
     _refuse(folder, faults)
 

@@ -82,10 +82,10 @@ def resolve_targets(model: nn.Module, options: MethodOptions) -> list[str]:
     Raises:
         TargetError: for every pattern that is no regular expression or matches nothing that can be wrapped.
     """
-    candidates = {
-        name: m for name, m in model.named_modules() if isinstance(m, options.linear_kinds + options.other_kinds)
-    }
-    for name in _inside_attention(model):
+    kinds = options.linear_kinds + options.other_kinds
+    # The model itself, whose name is empty, cannot be replaced in place.
+    candidates = {name: m for name, m in model.named_modules() if name and isinstance(m, kinds)}
+    for name in _read_but_not_called(model):
         candidates.pop(name, None)
     patterns = (options.targets,) if isinstance(options.targets, str) else tuple(options.targets)
     if patterns == (ALL_LINEAR,):
@@ -93,7 +93,8 @@ def resolve_targets(model: nn.Module, options: MethodOptions) -> list[str]:
         names = [n for n, m in candidates.items() if isinstance(m, options.linear_kinds) and m is not head]
         if not names:
             raise TargetError(
-                f"targets all-linear: {type(model).__name__} has no linear layer besides its output head."
+                f"targets all-linear: {type(model).__name__} holds no linear layer that an adapter can wrap, "
+                "its output head left out."
             )
         return names
     matches = {pattern: _matching(pattern, candidates) for pattern in patterns}
@@ -123,9 +124,19 @@ def _no_match(pattern: str, model: nn.Module, candidates: dict[str, nn.Module]) 
     return f"targets: {pattern!r} matches no module of {type(model).__name__}. Nearest names: {', '.join(near)}."
 
 
-def _inside_attention(model: nn.Module) -> list[str]:
-    # nn.MultiheadAttention reads out_proj.weight without calling the module: an adapter there would never run.
-    return [f"{name}.out_proj" for name, m in model.named_modules() if isinstance(m, nn.MultiheadAttention)]
+def _read_but_not_called(model: nn.Module) -> list[str]:
+    """Layers whose weights torch's own modules read without calling them: an adapter there would never run.
+
+    nn.TransformerEncoderLayer does so in evaluation only, on its fast path.
+    """
+    parts = ((nn.MultiheadAttention, ("out_proj",)), (nn.TransformerEncoderLayer, ("linear1", "linear2")))
+    return [
+        f"{name}.{child}".removeprefix(".")
+        for name, module in model.named_modules()
+        for kind, children in parts
+        if isinstance(module, kind)
+        for child in children
+    ]
 
 
 def _output_head(model: nn.Module) -> nn.Module | None:

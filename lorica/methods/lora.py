@@ -92,7 +92,7 @@ def add_low_rank(y: Tensor, h: Tensor, lora_b: Tensor, scale: float) -> Tensor:
 
     The low-rank family shares this line: LoRA with h = A x, HydraLoRA with h = g (x) A x and its heads' B side by side.
     """
-    rows = torch.addmm(y.flatten(0, -2), h.flatten(0, -2), lora_b.to(y.dtype).t(), alpha=scale)
+    rows = torch.addmm(y.reshape(-1, y.shape[-1]), h.reshape(-1, h.shape[-1]), lora_b.to(y.dtype).t(), alpha=scale)
     return rows.view_as(y)
 
 
@@ -121,6 +121,7 @@ class LoraAdapter(Adapter):
         # A shallow copy keeps the base's type, bias and attributes, whatever subclass it is.
         plain = copy.copy(self.base)
         plain._parameters = dict(self.base._parameters)
+        plain._buffers = dict(self.base._buffers)
         weight = (self.weight.detach().float() + delta).to(self.weight.dtype)
         plain.weight = nn.Parameter(weight, requires_grad=False)
         return plain
@@ -156,13 +157,13 @@ class LoraEmbedding(LoraAdapter):
         super().__init__(base, options, scale, base.num_embeddings, base.embedding_dim, rank)
         inits.embedding(self.lora_a, self.lora_b)
         # Gemma's embedding multiplies what it looks up; the update passes through the same factor.
-        self.output_scale = getattr(base, "embed_scale", 1.0)
+        # Its tensor would be waited for on a GPU at each call; `scalar_embed_scale` is the number that it was made of.
+        self.output_scale = float(getattr(base, "scalar_embed_scale", getattr(base, "embed_scale", 1.0)))
 
     def forward(self, ids: Tensor) -> Tensor:
         y: Tensor = self.base(ids)
         h = F.embedding(ids, self.lora_a.t(), padding_idx=self.base.padding_idx)  # type: ignore[arg-type]
-        scale = float(self.scale * self.output_scale)
-        return add_low_rank(y, h.to(y.dtype), self.lora_b, scale)
+        return add_low_rank(y, h.to(y.dtype), self.lora_b, self.scale * self.output_scale)
 
     def merged(self) -> nn.Module:
         return self._with_weight(self.delta_weight().t())

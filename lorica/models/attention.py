@@ -88,11 +88,18 @@ def mask(
     kv_length: int,
     use_vmap: bool = False,
     q_offset: int | Tensor = 0,
+    local_size: int | None = None,
+    allow_is_causal_skip: bool = True,
     **kwargs: Any,
 ) -> Tensor | None:
-    """The mask that transformers asks for: none for plain causal attention, else [B, 1, T, Tk] of booleans."""
+    """The mask that transformers asks for: none for plain causal attention, else [B, 1, T, Tk] of booleans.
+
+    `local_size` is a window or a chunk (Llama 4), which are told apart by the mask alone: a row longer than that gets
+    one. Packed rows, for which transformers forbids the skip, get none: `cu_seqlens` and the layer's window say it all.
+    """
     plain = attention_mask is None and not use_vmap and not torch.is_tensor(q_offset) and q_offset == 0
-    if plain and q_length == kv_length:
+    is_local = local_size is not None and kv_length > local_size and allow_is_causal_skip
+    if plain and q_length == kv_length and not is_local:
         return None
     kwargs |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
     result: Tensor | None = sdpa_mask(
@@ -101,6 +108,7 @@ def mask(
         kv_length=kv_length,
         use_vmap=use_vmap,
         q_offset=q_offset,
+        local_size=local_size,
         **kwargs,
     )
     return result
@@ -300,6 +308,8 @@ def _missing(calls: list[dict[str, Any]], config: PretrainedConfig) -> str | Non
     if not all(torch.is_tensor(call.get("cu_seq_lens_q")) for call in calls):
         return "its layers do not hand over the borders of packed samples"
     kinds = getattr(text, "layer_types", None)
+    if kinds is not None and "chunked_attention" in kinds:
+        return "it attends in chunks, which its layers do not hand over"
     window = getattr(text, "sliding_window", None) if getattr(text, "use_sliding_window", True) else None
     if kinds is not None:
         want = sum(kind == "sliding_attention" for kind in kinds)

@@ -20,6 +20,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
 from lorica.assets import embedded_base
@@ -85,7 +86,7 @@ def load_tokenizer(base: str | Path, *, revision: str | None = None) -> PreTrain
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(_name(base), **_where(base, revision))
     except Exception as error:
         # As above: any failure means that the folder holds no tokenizer that can be used.
-        raise ModelError(f"{base}: the tokenizer cannot be loaded. {type(error).__name__}: {error}") from error
+        raise ModelError(_because(base, "the tokenizer cannot be loaded", error)) from error
     return tokenizer
 
 
@@ -93,14 +94,20 @@ def load_config(base: str | Path, *, revision: str | None = None) -> PretrainedC
     """The base's configuration; no weights are read.
 
     Raises:
-        ModelError: the folder is missing, or asks for code of its own.
+        ModelError: the folder is missing, asks for code of its own, or holds no causal language model.
     """
     _check_folder(base)
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(_name(base), **_where(base, revision))
     except Exception as error:
         # As above.
-        raise ModelError(f"{base}: config.json cannot be used. {type(error).__name__}: {error}") from error
+        raise ModelError(_because(base, "config.json cannot be used", error)) from error
+    # Loaded as causal, such a model still sees the token it should predict: its loss would fall and mean nothing.
+    if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", True):
+        raise ModelError(
+            f"{base}: a {config.model_type} model reads in both directions, and a causal language model is wanted. "
+            "lorica.adapt takes it, in a training loop of your own."
+        )
     return config
 
 
@@ -160,12 +167,27 @@ def _base_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     return tensors
 
 
+def is_local(base: str | Path) -> bool:
+    """Whether `base` is a folder here; else it is looked for in the hub's cache and on the hub."""
+    return Path(_name(base)).is_dir()
+
+
+def _because(base: str | Path, what: str, error: Exception) -> str:
+    if is_local(base):
+        return f"{base}: {what}. {type(error).__name__}: {error}"
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return (
+        f"{base}: there is no such folder here, and the hub did not give it either: {reason}\n"
+        "Expected a folder in Hugging Face format, a hub id, or embedded."
+    )
+
+
 def _name(base: str | Path) -> str:
     return str(embedded_base()) if str(base) == EMBEDDED else str(base)
 
 
 def _where(base: str | Path, revision: str | None) -> dict[str, Any]:
-    local = Path(_name(base)).is_dir()
+    local = is_local(base)
     return {"local_files_only": local, "revision": None if local else revision, "trust_remote_code": False}
 
 

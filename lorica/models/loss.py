@@ -86,7 +86,8 @@ def chunked_cross_entropy(
     """
     whole = head if after is None else lambda rows: after(head(rows))
     vocabulary = cast(Tensor, head.weight).shape[0]
-    chunk = max(16, _CHUNK_BYTES // (8 * vocabulary))
+    # A whole number of `_ROUND_TO`, to which the head's input is filled up.
+    chunk = max(1, _CHUNK_BYTES // (8 * vocabulary * _ROUND_TO)) * _ROUND_TO
     parameters = [p for p in head.parameters() if p.requires_grad] if torch.is_grad_enabled() else []
     loss: Tensor = _ChunkedCrossEntropy.apply(hidden, targets, whole, chunk, *parameters)  # type: ignore[no-untyped-call]
     return loss

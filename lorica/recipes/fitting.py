@@ -58,7 +58,8 @@ def nothing_fits(config: RunConfig, setting: Setting, rehearsal: Rehearsal, room
     smallest = _smallest(config, setting)
     least = rehearse_run(_changed(config, smallest), setting)
     return (
-        f"The run needs {console.human_bytes(rehearsal.peak_bytes)} and {console.human_bytes(room)} are free for it. "
+        f"The run needs {console.human_bytes(rehearsal.peak_bytes)} and {console.human_bytes(max(0, room))} are free "
+        "for it. "
         f"The least that was found is {console.human_bytes(least.peak_bytes)}, of which "
         f"{console.human_bytes(least.weights)} are the base's weights, with {' '.join(_overrides(smallest))}. Take a "
         "smaller base or more memory."

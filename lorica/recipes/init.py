@@ -41,13 +41,19 @@ _UNLIMITED = 2**31 - 1
 class Rows:
     """What is known of the rows, of which at most `ROWS_LOOKED_AT` are read.
 
-    `lengths` are their tokens, cut to the positions of the base; empty if they were not measured.
+    `lengths` are their tokens, empty if they were not measured; `context` is the most the base takes, if it says so.
     """
 
     format: str
     num_rows: int
     num_faults: int
     lengths: tuple[int, ...]
+    context: int | None
+
+    @property
+    def num_too_long(self) -> int:
+        """Rows that the base has no positions for."""
+        return sum(self.context is not None and length > self.context for length in self.lengths)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,12 +100,12 @@ def _look(data: str, base: str) -> Rows:
 
     loaded = load_examples(data, limit=ROWS_LOOKED_AT)
     is_local = base == "embedded" or Path(base).is_dir()
-    lengths = _lengths(loaded.examples, base) if is_local else ()
-    return Rows(loaded.format, loaded.num_rows, len(loaded.faults), lengths)
+    lengths, context = _lengths(loaded.examples, base) if is_local else ((), None)
+    return Rows(loaded.format, loaded.num_rows, len(loaded.faults), lengths, context)
 
 
-def _lengths(examples: Sequence[Example], base: str) -> tuple[int, ...]:
-    """Tokens of the rows by the base's tokenizer and template."""
+def _lengths(examples: Sequence[Example], base: str) -> tuple[tuple[int, ...], int | None]:
+    """Tokens of the rows by the base's tokenizer and template, and the most that the base takes."""
     from lorica.data.render import Renderer
     from lorica.data.rows import RowError
     from lorica.models.load import load_config as load_model_config
@@ -107,13 +113,12 @@ def _lengths(examples: Sequence[Example], base: str) -> tuple[int, ...]:
 
     renderer = Renderer(load_tokenizer(base), loss_on="response", max_length=_UNLIMITED)
     positions = load_model_config(base).to_dict().get("max_position_embeddings")
-    most = positions if isinstance(positions, int) else _UNLIMITED
     lengths = []
     for example in examples:
         # `data check` names the rows that cannot be rendered; here they only do not count.
         with contextlib.suppress(RowError):
-            lengths.append(min(most, len(renderer.render(example).input_ids)))
-    return tuple(lengths)
+            lengths.append(len(renderer.render(example).input_ids))
+    return tuple(lengths), positions if isinstance(positions, int) else None
 
 
 def render(data: str, base: str, output: Path, rows: Rows | None) -> str:
@@ -125,6 +130,9 @@ def render(data: str, base: str, output: Path, rows: Rows | None) -> str:
         room = 1.0 if rows.num_rows < ROWS_LOOKED_AT else 1.5
         max_length = max(64, math.ceil(room * max(rows.lengths) / 64) * 64)
         length_reason = f"longest sample, in tokens; yours has {max(rows.lengths)}"
+        if rows.context is not None and max_length > rows.context:
+            max_length = rows.context
+            length_reason += f", the base takes {rows.context}"
         fitting = max(max_length, _SMALLEST_BATCH_TOKENS, sum(rows.lengths) // _STEPS_AN_EPOCH)
         if fitting < _DEFAULT_BATCH_TOKENS:
             batch_tokens, batch_reason = fitting, "tokens per optimizer step; few, because the rows are few"
@@ -181,6 +189,8 @@ def _tell(path: Path, data: str | None, rows: Rows | None, commands: Sequence[st
         more = " or more" if rows.num_rows == ROWS_LOOKED_AT else ""
         length = f", the longest of {max(rows.lengths)} tokens" if rows.lengths else ""
         out.print(f"{data}: {rows.num_rows:,} rows{more} of the format {rows.format}{length}.")
+        if rows.num_too_long:
+            out.print(f"{rows.num_too_long:,} of them are left out: the base takes {rows.context:,} tokens.")
         if rows.num_faults:
             out.print(f"{rows.num_faults} rows have faults; `lorica data check` names them.")
     out.print("Next:\n" + "\n".join(f"  {command}" for command in commands))

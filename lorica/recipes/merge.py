@@ -15,23 +15,29 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lorica.errors import AdapterError, ConfigError
 from lorica.files import whole_folder
-from lorica.methods.attach import adapters
+from lorica.methods.attach import adapters, detach
 from lorica.methods.attach import merge as merge_adapters
 from lorica.methods.lora import LoraEmbedding
 from lorica.models.load import load_model
 from lorica.recipes import console
 from lorica.recipes.opening import open_model
-from lorica.recipes.proof import Agreement, agreement, logits_of
+from lorica.recipes.proof import Agreement, agreement, check_read_back, logits_of
+
+WORTH_A_WARNING = 0.9
 
 
 @dataclass(frozen=True)
 class MergeResult:
-    """A merged folder, and how it compares with the adapted model that it came from. kl: nats a token; top1: 0 to 1."""
+    """A merged folder, and how it compares with the adapted model that it came from.
+
+    kl: nats a token. kept: share of the adapter's effect that is left after rounding. top1: 0 to 1.
+    """
 
     output: str
     max_difference: float
     largest_logit: float
     kl: float
+    kept: float
     top1: float
     num_tokens: int
 
@@ -55,16 +61,25 @@ def merge(run: str | Path, output: str | Path) -> MergeResult:
         f"{proof.max_difference:.3g} (largest logit {proof.largest_logit:.3g}); KL {proof.kl:.2g} nats a token, "
         f"same first choice at {proof.top1:.1%} of {proof.num_tokens} positions."
     )
+    if proof.kept < WORTH_A_WARNING:
+        console.log(
+            f"Warning: rounded to the base's dtype, the merged weights keep {proof.kept:.0%} of what the adapter "
+            "changes. Set model.dtype: float32 in the run's config.yaml and merge again, or use the adapter unmerged."
+        )
     facts = asdict(proof)
-    del facts["tolerance"]
+    del facts["tolerance"], facts["noise"]
     return MergeResult(str(output), **facts)
 
 
 def write_merged(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, template: str, output: Path) -> Agreement:
-    """Write the merged model and its tokenizer to `output`, whole or not at all; see `merge` for the proof."""
+    """Write the merged model and its tokenizer to `output`, whole or not at all; see `merge` for the proof.
+
+    `model` is the bare base afterwards.
+    """
     ids = probe_ids(model)
     adapted = logits_of(model, ids)
     plain = merge_adapters(model)
+    merged, base = logits_of(plain, ids), logits_of(detach(model), ids)
     tokenizer.chat_template = template
     with whole_folder(output) as folder:
         plain.save_pretrained(folder)
@@ -73,12 +88,14 @@ def write_merged(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tem
         dtype = plain.dtype
         del plain
         again = load_model(folder, dtype=dtype, device=model.device)
-        proof = agreement(adapted, logits_of(again, ids), dtype)
+        check_read_back(merged, logits_of(again, ids), model.device, "Not merged")
+        proof = agreement(adapted, merged, base, dtype)
         if not proof.holds:
             raise AdapterError(
-                f"Not merged: read back, a logit differs by {proof.max_difference:.3g} from the adapted model's "
-                f"(largest logit {proof.largest_logit:.3g}; {proof.tolerance * proof.largest_logit:.3g} is allowed). "
-                "Try model.dtype=float32."
+                f"Not merged: a logit differs by {proof.max_difference:.3g} from the adapted model's (largest logit "
+                f"{proof.largest_logit:.3g}; {proof.tolerance * proof.largest_logit:.3g} is allowed), and "
+                f"{proof.kept:.0%} of what the adapter changes is kept. With model.dtype: float32 in the run's "
+                "config.yaml less is rounded away."
             )
     return proof
 

@@ -18,7 +18,8 @@ from lorica.errors import AdapterError
 from lorica.files import read_json_object
 from lorica.interop.peft import CONFIG as ADAPTER_CONFIG
 from lorica.interop.peft import load_adapter
-from lorica.models.load import load_model, load_tokenizer
+from lorica.models.load import is_local, load_model, load_tokenizer
+from lorica.recipes import console
 from lorica.recipes.preparing import make_renderer
 
 
@@ -84,6 +85,8 @@ def find_source(run_or_base: str | Path) -> Source:
         if path.name == "adapter" and _is_run(path.parent):
             return find_source(path.parent)
         return Source(_named_base(path), path, None)
+    if not is_local(run_or_base):
+        console.log(f"{run_or_base} is no folder here; asking the hub for it.")
     return Source(ModelConfig(base=str(run_or_base)), None, None)
 
 

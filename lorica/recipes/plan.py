@@ -52,7 +52,7 @@ class PlanReport:
     Attributes:
         parts: what the peak is made of; they add up to `peak_bytes`.
         peak_bytes: growth of the process's memory, from before the base is loaded.
-        process_bytes: what the process holds before that: Python and its libraries.
+        process_bytes: what the process holds before that: Python, its libraries and the data.
         memory_bytes: what there is for both; None if that is unknown.
         tokens_per_second: an estimate.
         steps: of the whole run; None without the data, as is `seconds`, the estimated duration.
@@ -96,9 +96,9 @@ def plan(
         ModelError: the base's configuration cannot be read.
         TargetError: `method.targets` matches nothing.
     """
-    process_bytes = _process_bytes()
     with _threads(config.train.threads):
         setting, assumptions = look_around(config, require_data)
+        process_bytes = _process_bytes()
         rehearsal = rehearse_run(config, setting)
         tokens_per_second = _tokens_per_second(config, setting, rehearsal)
     if setting.device.type != rehearsal.device:
@@ -165,7 +165,7 @@ def _parts(rehearsal: Rehearsal) -> list[Part]:
         Part("optimizer", rehearsal.optimizer, "AdamW, 8 bytes a trained parameter"),
         Part("activations", rehearsal.activations, "kept by the forward pass for backward"),
         Part("loss and workspace", rehearsal.workspace, "logits of a chunk, gradients on their way, temporaries"),
-        Part("allocator and runtime", rehearsal.allocator, "holes in the heap, kernels and their scratch"),
+        Part("overhead", rehearsal.overhead, "kernels and their scratch, holes between small tensors"),
     ]
     more = rehearsal.peak_bytes - sum(part.bytes for part in parts)
     if more:
@@ -174,7 +174,7 @@ def _parts(rehearsal: Rehearsal) -> list[Part]:
 
 
 def _process_bytes() -> int:
-    """What this process holds now: Python, torch and the rest."""
+    """What this process holds now: Python, torch, the data and the rest."""
     with contextlib.suppress(OSError), open("/proc/self/statm", encoding="ascii") as file:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     return peak_memory_bytes(torch.device("cpu"))
@@ -195,7 +195,7 @@ def _show(report: PlanReport) -> None:
     rows: list[Sequence[object]] = [(part.name, human(part.bytes), part.what) for part in report.parts]
     rows.append(("peak", human(report.peak_bytes), "growth of the process from before the base is loaded"))
     if report.process_bytes:
-        rows.append(("process", human(report.process_bytes), "Python and its libraries, there before"))
+        rows.append(("process", human(report.process_bytes), "Python, its libraries and the data, there before"))
     title = f"{report.base}, {report.dtype} on {report.device}"
     console.table(title, ("memory", "bytes", ""), rows, numeric=("bytes",))
     for line in _summary(report):

@@ -14,7 +14,7 @@ from lorica.data.render import Prepared, Renderer, load_dataset
 from lorica.data.rows import Example, RowFault
 from lorica.data.sampler import split_eval
 from lorica.data.tokenized import TokenizedDataset
-from lorica.models.load import load_tokenizer
+from lorica.models.load import is_local, load_tokenizer
 from lorica.recipes import console
 
 
@@ -59,6 +59,8 @@ def prepare(config: RunConfig) -> PreparedRun:
         DataError: rows that cannot be read under `data.on_bad_row: error`, or nothing to train on.
     """
     data = config.data
+    if not is_local(config.model.base):
+        console.log(f"{config.model.base} is no folder here; asking the hub for it.")
     tokenizer = load_tokenizer(config.model.base, revision=config.model.revision)
     renderer = make_renderer(config, tokenizer)
     loaded = _load(config, renderer, data.train, data.split)

@@ -138,6 +138,7 @@ def _write_report(output: Path, result: QuickstartResult, evaluation: Evaluation
                 ("merged folder read back: largest difference of a logit", f"{result.merge.max_difference:.3g}"),
                 ("largest logit, to read that against", f"{result.merge.largest_logit:.3g}"),
                 ("merged against adapted: KL divergence, nats a token", f"{result.merge.kl:.2g}"),
+                ("share of the adapter's effect that merging keeps", f"{result.merge.kept:.2%}"),
                 ("merged against adapted: same most likely token", f"{result.merge.top1:.1%}"),
                 ("seconds for everything", f"{result.seconds:.0f}"),
             ),

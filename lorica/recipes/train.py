@@ -31,7 +31,7 @@ from lorica.config import MethodConfig, Resolved, RunConfig, dump_yaml, load_con
 from lorica.data.packing import ROUND_TO, Batch, pack, pad
 from lorica.data.sampler import Order, micro_batches
 from lorica.data.tokenized import TokenizedDataset
-from lorica.errors import AdapterError, CheckpointError, DataError, ModelError
+from lorica.errors import CheckpointError, DataError, ModelError
 from lorica.evaluate.likelihood import likelihood
 from lorica.files import read_json_object, write_json, write_text
 from lorica.interop.peft import check_adapter_folder, load_adapter, save_adapter
@@ -43,6 +43,7 @@ from lorica.models.load import load_config as load_model_config
 from lorica.models.loss import LossFunction, make_loss
 from lorica.recipes import console
 from lorica.recipes.preparing import PreparedRun, prepare
+from lorica.recipes.proof import check_read_back, logits_of
 from lorica.recipes.report import write_run_report
 from lorica.training.checkpoint import (
     Checkpoint,
@@ -148,6 +149,9 @@ def _train_locked(
             console.log(f"Nothing to do: {output} finished at step {checkpoint.step}.")
             return replace(earlier, status="nothing to do", resumed_from_step=checkpoint.step)
         console.log(f"Going on from {checkpoint.path}.")
+        later = [p for p in find_checkpoints(output / "checkpoints") if p.name > checkpoint.path.name]
+        if later:
+            console.log(f"{len(later)} later checkpoints make way for the new ones.")
     console.log(f"{len(data.train):,} training samples, {order.num_steps:,} steps")
 
     model = load_model(
@@ -253,7 +257,14 @@ def _find_checkpoint(folder: Path, resume: str | Path | None) -> Checkpoint | No
         return None
     if str(resume) == "auto":
         return latest_valid(folder, console.log)
-    return read_checkpoint(Path(resume))
+    path = Path(resume)
+    checkpoint = read_checkpoint(path)
+    if path.resolve().parent != folder.resolve() and find_checkpoints(folder):
+        # Those of two runs side by side, one's best could be taken for the other's.
+        raise CheckpointError(
+            f"{folder} holds the checkpoints of another run than {path}. Choose another train.output."
+        )
+    return checkpoint
 
 
 def _refuse_misfits(config: RunConfig, data: PreparedRun) -> None:
@@ -364,21 +375,12 @@ def _take_best(model: PreTrainedModel, output: Path, result: LoopResult) -> int:
 
 
 def _save_proved(model: PreTrainedModel, folder: Path, data: PreparedRun) -> float:
-    """Save the adapter, read it back onto the bare base, and compare logits; the largest difference, which must be
-    0.
-    """
-    ids = torch.from_numpy(data.train[0][0][:64].astype(np.int64))[None].to(model.device)
-    model.eval()
-    with torch.no_grad():
-        before = model(input_ids=ids, use_cache=False).logits.float()
-        save_adapter(model, folder)
-        load_adapter(detach(model), folder)
-        model.eval()
-        after = model(input_ids=ids, use_cache=False).logits.float()
-    difference = float((before - after).abs().max())
-    if difference != 0.0:
-        raise AdapterError(f"{folder}: read back, the adapter gives logits that differ by {difference:.3g}.")
-    return difference
+    """Save the adapter, read it back onto the bare base, and compare logits; the largest difference, 0 on a CPU."""
+    ids = torch.from_numpy(data.train[0][0][:64].astype(np.int64))[None]
+    before = logits_of(model, ids)
+    save_adapter(model, folder)
+    load_adapter(detach(model), folder)
+    return check_read_back(before, logits_of(model, ids), model.device, str(folder))
 
 
 def _saved_result(output: Path) -> TrainResult | None:

@@ -240,7 +240,7 @@ def _read_manifest(path: Path) -> dict[str, dict[str, Any]]:
         files: dict[str, dict[str, Any]] = manifest["files"]
         intact = manifest["sha256"] == _digest(files)
     except FileNotFoundError:
-        raise CheckpointError(f"{path} is no checkpoint: it has no {MANIFEST}.") from None
+        raise CheckpointError(f"{path} is no checkpoint: it has no {MANIFEST}. Name a folder step-...") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"Checkpoint {path} cannot be used: {MANIFEST} is damaged ({error}).") from None
     if not intact:

@@ -192,18 +192,20 @@ def run_loop(
                 display.evaluation(row)
 
             finished = not pending and (counters.stopped_early or counters.step >= num_steps)
-            due = finished or stop.signal_number is not None or _is_due(counters.step, options.save_every, num_steps)
+            # Read once: a signal that came between saving and leaving would leave with nothing saved.
+            signal_number = stop.signal_number
+            due = finished or signal_number is not None or _is_due(counters.step, options.save_every, num_steps)
             if improved or (due and saved_step != counters.step):
                 log.sync()
                 _save(run, identity, finished)
                 saved_step = counters.step
             if finished:
                 return _result(run)
-            if stop.signal_number is not None:
+            if signal_number is not None:
                 raise StoppedError(
                     f"Stopped after step {counters.step} of {num_steps}. A checkpoint was saved; --resume auto goes on "
                     "from there.",
-                    stop.signal_number,
+                    signal_number,
                 )
 
             row = _step(run)
@@ -335,9 +337,11 @@ def _accumulate_gradients(run: _Run, batches: list[Batch], num_targets: int) -> 
             if extra is not None:
                 # Per forward, so it is weighted as if each of the micro batch's tokens had it.
                 loss = loss + batch.num_targets * extra
-        (loss / num_targets).backward()  # type: ignore[no-untyped-call]
+        loss.backward()  # type: ignore[no-untyped-call]
         # Or its graph would live through the next forward pass.
         del loss
+    # Divided once, in the masters' float32: the small gradients of a mean would vanish on their way in float16.
+    torch._foreach_div_([p.grad for p in run.parameters.values() if p.grad is not None], num_targets)
     return total / num_targets
 
 

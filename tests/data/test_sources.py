@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import os
 import socket
 import sys
 from collections.abc import Sequence
@@ -324,6 +326,24 @@ def test_sources_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "wide.jsonl").write_text('{"prompt": "q", "response": "a"}\n', encoding="utf-16")
     with pytest.raises(DataError, match="UTF-16"):
         load_examples(tmp_path / "wide.jsonl")
+    (tmp_path / "wider.jsonl").write_text('{"prompt": "q", "response": "a"}\n', encoding="utf-32")
+    with pytest.raises(DataError, match="iconv -f UTF-32"):
+        load_examples(tmp_path / "wider.jsonl")
+    (tmp_path / "packed.jsonl").write_bytes(gzip.compress(b'{"prompt": "q", "response": "a"}\n'))
+    with pytest.raises(DataError, match=r"compressed.*gunzip packed\.jsonl"):
+        load_examples(tmp_path / "packed.jsonl")
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    with pytest.raises(DataError, match="neither a file nor a folder"):
+        load_examples(tmp_path / "pipe.jsonl")
+    (tmp_path / "linked.jsonl").symlink_to("nowhere")
+    with pytest.raises(DataError, match="no such file") as error:
+        load_examples(tmp_path / "linked.jsonl")
+    assert "linked.jsonl?" not in str(error.value)
+
+
+def test_the_case_of_a_suffix_does_not_matter(tmp_path: Path) -> None:
+    write_lines(tmp_path / "ROWS.JSONL", [{"prompt": "q", "response": "a"}])
+    assert len(load_examples(tmp_path / "ROWS.JSONL").examples) == len(load_examples(tmp_path).examples) == 1
 
 
 def test_a_hub_id_needs_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -488,6 +508,7 @@ def test_broken_alpaca_rows(tmp_path: Path, row: Any, reason: str) -> None:
     [
         ({"prompt": "q"}, "response is null or missing"),
         ({"prompt": "q", "response": ["a", "b"]}, "response is a list"),
+        ({"prompt": "q", "response": {"answer": "a"}}, "response is an object"),
         ({"prompt": "q", "references": {"a": 1}, "response": "a"}, "references is an object"),
         ({"prompt": "q", "references": ["a", None], "response": "a"}, "reference 2 is null"),
     ],
@@ -508,7 +529,11 @@ def test_only_twenty_faults_are_listed(tmp_path: Path) -> None:
 
 def test_a_file_of_faults_alone_is_an_error_even_when_dropping(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "rows.jsonl", [b"{\n", b"[]\n"])
-    with pytest.raises(DataError, match="2 of 2 rows"):
+    with pytest.raises(DataError, match="none of its 2 rows") as error:
+        load_examples(path)
+    assert "one object a line" in str(error.value) and "on_bad_row" not in str(error.value)
+    path.write_bytes('{"prompt": "问", "response": "答"}\n'.encode("gb18030"))
+    with pytest.raises(DataError, match="convert the file: iconv"):
         load_examples(path)
 
 

@@ -199,6 +199,7 @@ KEY = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
         (lambda t: t.update({KEY: torch.full((4, 32), float("nan"))}), "NaN"),
         (lambda t: t.update({"surprise": torch.zeros(1)}), "surprise is no LoRA tensor"),
         (lambda t: t.update({KEY.replace("layers.0", "layers.7"): torch.zeros(4, 32)}), "layers.7.*is no module"),
+        (lambda t: t.update({"base_model.model.vision.embed_tokens.weight": torch.ones(2)}), "is not the base's"),
         (lambda t: t.clear(), "no LoRA tensor"),
     ],
 )

@@ -59,6 +59,19 @@ def test_an_adapter_that_would_never_run_is_refused() -> None:
         targets(attention, "out_proj")
 
 
+def test_a_layer_that_evaluation_reads_without_calling_is_refused() -> None:
+    """nn.TransformerEncoderLayer's fast path reads linear1.weight: trained adapters would not count in evaluation."""
+    model = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), nn.Linear(8, 8))
+    assert targets(model, "all-linear") == ["1"]
+    with pytest.raises(TargetError, match="linear1"):
+        targets(model, "linear1")
+
+
+def test_a_model_that_is_one_layer_is_refused() -> None:
+    with pytest.raises(TargetError, match="Linear holds no linear layer"):
+        lorica.adapt(nn.Linear(4, 4), LoRA())
+
+
 def test_adapting_twice_is_refused(tiny_llama: Make) -> None:
     model = lorica.adapt(tiny_llama(), LoRA())
     with pytest.raises(ConfigError, match="already carries 14 adapters"):

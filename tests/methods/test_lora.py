@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from transformers.models.gemma.modeling_gemma import GemmaTextScaledWordEmbedding
 from transformers.pytorch_utils import Conv1D
 
 import lorica
@@ -33,6 +34,21 @@ def test_linear_follows_the_equation_in_float64() -> None:
     torch.testing.assert_close(x.grad.double(), g64 @ (w + 1.7 * bb @ a), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(adapter.lora_a.grad.double(), 1.7 * (grads @ bb).T @ rows, rtol=1e-5, atol=1e-4)
     torch.testing.assert_close(adapter.lora_b.grad.double(), 1.7 * grads.T @ (rows @ a.T), rtol=1e-5, atol=1e-4)
+
+
+def test_one_row_without_a_batch() -> None:
+    torch.manual_seed(0)
+    adapter = LoraLinear(nn.Linear(12, 20), LoRA(), rank=4, scale=1.7)
+    nn.init.normal_(adapter.lora_b)
+    x = torch.randn(3, 12)
+    torch.testing.assert_close(adapter(x[0]), adapter(x)[0])
+
+
+def test_merging_leaves_the_base_its_buffers() -> None:
+    base = nn.Linear(4, 4)
+    base.register_buffer("factor", torch.ones(1))
+    LoraLinear(base, LoRA(), rank=2, scale=1.0).merged().double()
+    assert base.factor.dtype is torch.float32
 
 
 def test_conv1d_is_linear_with_its_weight_transposed() -> None:
@@ -66,6 +82,12 @@ def test_embedding_follows_the_equation_and_its_factor() -> None:
     table = base.weight.double() + 0.5 * (adapter.lora_b.double() @ adapter.lora_a.double()).T
     torch.testing.assert_close(adapter(ids).double(), 3.0 * table[ids], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(adapter.merged()(ids), adapter(ids), rtol=1e-5, atol=1e-5)
+
+
+def test_embedding_takes_gemmas_factor_without_waiting_for_a_tensor() -> None:
+    with torch.device("meta"):
+        base = GemmaTextScaledWordEmbedding(30, 8, 0, embed_scale=2.5)
+    assert LoraEmbedding(base, LoRA(), rank=4, scale=0.5).output_scale == 2.5
 
 
 def test_padding_ids_get_no_gradient_in_an_embedding() -> None:

@@ -14,6 +14,7 @@ from transformers import (
     Gemma3TextConfig,
     GPT2Config,
     GPTNeoXConfig,
+    Llama4TextConfig,
     LlamaConfig,
     MambaConfig,
     MistralConfig,
@@ -52,6 +53,10 @@ DOES_NOT = {
     "falcon": (FalconConfig(**SMALL), "custom attention function"),
     "stablelm": (StableLmConfig(**TINY), "borders of packed samples"),
     "bloom": (BloomConfig(hidden_size=32, n_layer=3, n_head=4, vocab_size=99), "0 of its 3 layers"),
+    "llama4": (
+        Llama4TextConfig(**TINY, intermediate_size_mlp=48, num_local_experts=4, attention_chunk_size=5),
+        "attends in chunks",
+    ),
     "mamba": (MambaConfig(hidden_size=32, num_hidden_layers=2, vocab_size=99), "0 of its 2 layers"),
 }
 
@@ -125,6 +130,18 @@ def test_padding_on_either_side_changes_nothing(name: str) -> None:
         ids = torch.stack([row, long])
         got = ours(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits[0][mask[0].bool()]
         torch.testing.assert_close(got, want, atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [PACKS["llama"], PACKS["mistral with a window"], PACKS["gemma3 with a window"], DOES_NOT["llama4"][0]],
+    ids=lambda config: config.model_type,
+)
+def test_one_row_longer_than_windows_and_chunks(config: Any) -> None:
+    ours, reference = pair(config)
+    ids = torch.randint(2, 99, (1, 14))
+    want = reference(ids, use_cache=False).logits
+    torch.testing.assert_close(ours(ids, use_cache=False).logits, want, atol=2e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3 with a window", "gpt2"])

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import BertConfig
 
 import lorica
 from lorica.errors import ModelError
@@ -66,6 +67,14 @@ def test_damaged_files_end_in_a_model_error(base: Path, tmp_path: Path) -> None:
     (folder / "config.json").write_text("{")
     with pytest.raises(ModelError, match="not JSON"):
         load_config(folder)
+
+
+def test_a_model_that_reads_in_both_directions_is_refused(tmp_path: Path) -> None:
+    BertConfig(num_hidden_layers=1).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="reads in both directions"):
+        load_config(tmp_path)
+    BertConfig(num_hidden_layers=1, is_decoder=True).save_pretrained(tmp_path)
+    assert load_config(tmp_path).is_decoder
 
 
 def test_the_fingerprint_knows_the_weights_and_nothing_else(tiny_llama: Callable[..., Any]) -> None:

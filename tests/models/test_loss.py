@@ -11,6 +11,9 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GPTJConfig, GraniteConfig, LlamaConfig
 
 import lorica
+from lorica.data.packing import pack, pad
+from lorica.data.tokenized import TokenizedDataset
+from lorica.models import attention
 from lorica.models import loss as loss_module
 from lorica.models.loss import chunked_cross_entropy, logits_loss, make_loss
 
@@ -30,11 +33,11 @@ MODELS = {
 
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """16 rows a chunk, so that small inputs need several."""
+    """64 rows a chunk, the fewest, so that small inputs need several."""
     monkeypatch.setattr(loss_module, "_CHUNK_BYTES", 1)
 
 
-@pytest.mark.parametrize("rows", [1, 16, 37])
+@pytest.mark.parametrize("rows", [1, 64, 150])
 @pytest.mark.parametrize("bias", [False, True])
 def test_loss_and_gradients_equal_float64(rows: int, bias: bool, small_chunks: None) -> None:
     torch.manual_seed(0)
@@ -55,8 +58,8 @@ def test_loss_and_gradients_equal_float64(rows: int, bias: bool, small_chunks: N
 
 def test_a_frozen_head_costs_no_weight_gradient(small_chunks: None) -> None:
     head = nn.Linear(32, 99).requires_grad_(False)
-    hidden = torch.randn(20, 32, requires_grad=True)
-    chunked_cross_entropy(hidden, torch.randint(0, 99, (20,)), head).backward()
+    hidden = torch.randn(80, 32, requires_grad=True)
+    chunked_cross_entropy(hidden, torch.randint(0, 99, (80,)), head).backward()
     assert hidden.grad is not None and head.weight.grad is None
 
 
@@ -168,3 +171,24 @@ def test_the_logits_of_all_tokens_never_exist(small_chunks: None) -> None:
         loss_fn(model, {"input_ids": ids}, ids).backward()
     # A chunk of 16 rows rounded up to 64, or the transposed view of the head's own weight, against 200 rows of logits.
     assert 0 < largest <= 64 * 4000
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("targets", ["all-linear", ("embed_tokens", "lm_head")])
+def test_a_step_on_another_device_mixes_none_and_waits_for_none(
+    packed: bool, targets: str | tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU: on the meta device most operations with a tensor of the CPU fail, and so does reading a value."""
+    # Here transformers itself reads whether the positions are of several samples.
+    monkeypatch.setattr("transformers.masking_utils.find_packed_sequence_indices", torch.zeros_like)
+    config = Gemma2Config(**TINY, sliding_window=4, attn_logit_softcapping=2.0)
+    attention.register()
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=attention.NAME).train()
+    lorica.adapt(model, lorica.LoRA(rank=4, dropout=0.1, targets=targets))
+    samples = [(range(n), range(n)) for n in (3, 17, 9, 9)]
+    dataset = TokenizedDataset.from_samples(samples)  # type: ignore[arg-type]
+    batch = pack(dataset, range(4), 64) if packed else pad(dataset, range(4), 0)
+    make_loss(model)(model, batch.to("meta").model_inputs(), batch.targets).backward()
+    gradients = [parameter.grad for parameter in lorica.trainable_parameters(model).values()]
+    assert gradients and all(gradient is not None and gradient.is_meta for gradient in gradients)

@@ -49,6 +49,16 @@ def test_the_file_fits_the_rows() -> None:
     assert config.data.format == "prompt_response" and config.train.output == "runs/first"
 
 
+def test_rows_longer_than_the_base_takes_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+    rows("mine.jsonl", 10)
+    with Path("mine.jsonl").open("a") as file:
+        file.write(json.dumps({"prompt": "Long?", "response": "word " * 3000}) + "\n")
+    result = init(Path())
+    assert result.rows is not None and max(result.rows.lengths) > 3000 and result.rows.num_too_long == 1
+    assert load_config("run.yaml").config.data.max_length == result.rows.context == 2048
+    assert "1 of them are left out: the base takes 2,048 tokens" in " ".join(capsys.readouterr().out.split())
+
+
 def test_an_existing_file_is_not_overwritten(capsys: pytest.CaptureFixture[str]) -> None:
     Path("run.yaml").write_text("mine")
     assert main(["init", "--data", rows("mine.jsonl", 3)]) == 2
@@ -90,5 +100,5 @@ def test_json(capsys: pytest.CaptureFixture[str]) -> None:
 def test_no_rows_are_held_out_of_a_handful() -> None:
     from lorica.recipes.init import Rows
 
-    Path("run.yaml").write_text(render("x", "b", Path("o"), Rows("text", 4, 0, ())))
+    Path("run.yaml").write_text(render("x", "b", Path("o"), Rows("text", 4, 0, (), None)))
     assert load_config("run.yaml").config.data.eval is None

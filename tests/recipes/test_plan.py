@@ -20,6 +20,12 @@ from lorica.recipes.rehearsing import look_around, rehearse_run
 SMALL = ("train.batch_tokens=1024", "data.max_length=256", "model.dtype=bfloat16", "train.threads=1")
 
 
+@pytest.fixture(autouse=True)
+def _hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    # How fast this machine is matters to no test here.
+    monkeypatch.setattr("lorica.training.speed._SECONDS_A_RATE", 0.01)
+
+
 @pytest.fixture
 def bare(base: Path, tmp_path: Path) -> Path:
     """A base folder that holds config.json alone: the embedded model's, with two layers."""
@@ -88,6 +94,7 @@ def test_nothing_fits(bare: Path) -> None:
     with pytest.raises(DoesNotFitError, match=r"The least that was found is .* MiB") as caught:
         plan(configuration(bare), memory_bytes=1 << 20)
     assert caught.value.exit_code == 4 and "train.activation_checkpointing=true" in str(caught.value)
+    assert " 0 B are free for it" in str(caught.value), "what is taken already is more than what may be used"
 
 
 def test_the_command(bare: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -76,7 +76,7 @@ def test_smoothing_is_the_unbiased_average() -> None:
     """Adam's correction (arXiv 1412.6980, section 3): a constant stays itself from the first value on."""
     assert _smooth([3.0] * 50) == pytest.approx([3.0] * 50)
     values = [math.sin(n) for n in range(100)]
-    keep = 1 - 1 / 5
+    keep = 1 - 1 / 2
     weights = [keep ** (99 - n) for n in range(100)]
     expected = sum(w * v for w, v in zip(weights, values, strict=True)) / sum(weights)
     assert _smooth(values)[-1] == pytest.approx(expected)

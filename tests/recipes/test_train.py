@@ -461,6 +461,18 @@ def test_the_best_checkpoint_is_gone(
     assert "step-00000008, the best by evaluation loss, is not there" in capsys.readouterr().err
 
 
+def test_checkpoints_of_two_runs_never_share_a_folder(stopped: tuple[RunConfig, Path], tmp_path: Path) -> None:
+    config, folder = stopped
+    copied = tmp_path / "elsewhere" / "step-00000008"
+    shutil.copytree(folder / "checkpoints" / "step-00000008", copied)
+    before = content(folder)
+    with pytest.raises(CheckpointError, match="another run than"):
+        lorica.train(config, resume=copied)
+    assert content(folder) == before
+    with pytest.raises(CheckpointError, match="is no checkpoint: it has no manifest"):
+        lorica.train(config, resume=folder)
+
+
 def test_changed_rows_need_a_word(
     stopped: tuple[RunConfig, Path], rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

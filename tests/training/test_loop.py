@@ -5,6 +5,7 @@ import math
 import os
 import signal
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -269,6 +270,26 @@ def test_a_signal_ends_the_step_and_saves(train: Train, tmp_path: Path, number: 
     assert [row["step"] for row in rows(tmp_path / "run") if "eval_loss" in row] == [
         row["step"] for row in rows(tmp_path / "straight") if "eval_loss" in row
     ]
+
+
+@pytest.mark.parametrize("reads", range(6))
+def test_whenever_a_signal_comes_what_is_said_to_be_saved_is_saved(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reads: int
+) -> None:
+    """The signal comes after the loop has looked for one `reads` times: between any two of its decisions."""
+
+    class Stop:
+        looked = 0
+
+        @property
+        def signal_number(self) -> int | None:
+            self.looked += 1
+            return signal.SIGINT if self.looked > reads else None
+
+    monkeypatch.setattr(loop, "stop_requests", lambda: nullcontext(Stop()))
+    with pytest.raises(StoppedError) as caught:
+        train(evaluate=falling(iter([3.0, 2.0, 1.0])))
+    assert f"after step {last(tmp_path / 'run').step} of" in str(caught.value)
 
 
 def test_stopped_in_the_last_step_the_resumed_run_evaluates_and_is_finished(train: Train, tmp_path: Path) -> None:
