@@ -88,7 +88,8 @@ def measure_steps(text: str) -> None:
     config = RunConfig.model_validate_json(order["config"])
     if config.train.threads is not None:
         torch.set_num_threads(config.train.threads)
-    return_freed_memory()
+    if config.train.return_memory:
+        return_freed_memory()
     load_model(EMBEDDED, dtype=config.model.dtype, device=config.model.device)
     gc.collect()
     _reset_peak()

@@ -114,7 +114,8 @@ def train(
         return plan(config, require_data=True)
     if config.train.threads is not None:
         torch.set_num_threads(config.train.threads)
-    return_freed_memory()
+    if config.train.return_memory:
+        return_freed_memory()
     output = Path(config.train.output)
     with RunLock(output):
         return _train_locked(config, resolved, output, resume, allow_data_change)
@@ -298,7 +299,7 @@ def _can_pack(config: RunConfig) -> bool:
 def _identity(config: RunConfig, data: PreparedRun, padded: bool) -> dict[str, Any]:
     """What a checkpoint must agree with; `settings` may change, said aloud."""
     train = config.train.model_dump(
-        exclude={"output", "seed", "batch_tokens", "threads", "keep_checkpoints", "log_every"}
+        exclude={"output", "seed", "batch_tokens", "threads", "return_memory", "keep_checkpoints", "log_every"}
     )
     return {
         "method": config.method.model_dump(),

@@ -2,8 +2,9 @@
 
 glibc keeps freed blocks of up to 32 MiB for later, and torch's alignment makes most of them unfit for the next tensor
 of the same size: a training step then holds 1.4 to 3 times what is alive. With a fixed threshold every large tensor is
-mapped on its own and leaves when it is freed. It costs page faults, measured at 6 % of a step's time, and saves a fifth
-to a half of its memory; it also makes the peak something that can be predicted by adding up what is alive.
+mapped on its own and leaves when it is freed. That saves a fifth to a half of the memory and makes the peak something
+that can be predicted by adding up what is alive. It costs page faults: little for small models, but at 135 million
+parameters more than half of a step's time on a virtual machine (docs/log.md). `train.return_memory: false` turns it off.
 """
 
 from __future__ import annotations
