@@ -4,7 +4,8 @@ glibc keeps freed blocks of up to 32 MiB for later, and torch's alignment makes 
 of the same size: a training step then holds 1.4 to 3 times what is alive. With a fixed threshold every large tensor is
 mapped on its own and leaves when it is freed. That saves a fifth to a half of the memory and makes the peak something
 that can be predicted by adding up what is alive. It costs page faults: little for small models, but at 135 million
-parameters more than half of a step's time on a virtual machine (docs/log.md). `train.return_memory: false` turns it off.
+parameters more than half of a step's time on a virtual machine (docs/log.md). `train.return_memory: false` turns it
+off.
 """
 
 from __future__ import annotations
