@@ -4,7 +4,7 @@ A run is a function of its identity: the order of the data, the learning rate an
 the saved random state. So a run resumed from any checkpoint equals, on a CPU bit for bit, one never interrupted.
 
 The loss of an optimizer step is the mean over ALL its trained tokens, however they are cut into micro batches: each
-gives the sum of its token losses, divided by the number of targets of the whole step before `backward`.
+gives the sum of its token losses, and the summed gradient is divided by the number of targets of the whole step.
 
 What it gives up: overlap of data and compute (a batch is a few kilobytes of ids), and loss scaling for float16.
 """
