@@ -32,17 +32,17 @@ SHAPES: dict[str, dict[str, Any]] = {
               "num_key_value_heads": 4, "head_dim": 64, "vocab_size": 65536, "tie_word_embeddings": True},
     "gpt2": {"n_embd": 768, "n_layer": 12, "n_head": 12, "vocab_size": 50257},
 }  # fmt: skip
-SIDES = ("lorica", "lorica-fast", "peft")
+SIDES = ("lorica", "peft")
 
 
-def build(shape: str) -> Any:
+def build(shape: str, dtype: str) -> Any:
     import torch
     from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen3Config
 
     kind = {"qwen3": Qwen3Config, "gpt2": GPT2Config}.get(shape, LlamaConfig)
     torch.manual_seed(0)
     config = kind(**SHAPES[shape], bos_token_id=0, eos_token_id=2)
-    return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
 
 
 def resident_bytes(key: str) -> int:
@@ -73,13 +73,11 @@ def prepare_lorica(model: Any, ids: Any, targets: str | list[str]) -> Any:
     import torch
 
     import lorica
-    from lorica.models import attention
+    from lorica.models.load import equip
     from lorica.models.loss import make_loss
     from lorica.training.optim import make_optimizer
 
-    attention.register()
-    model.set_attn_implementation(attention.NAME)
-    lorica.adapt(model, lorica.LoRA(rank=16, alpha=32, targets=targets))
+    lorica.adapt(equip(model), lorica.LoRA(rank=16, alpha=32, targets=targets))
     model.train()
     loss_of = make_loss(model)
     optimizer = make_optimizer(
@@ -104,14 +102,14 @@ def prepare_lorica(model: Any, ids: Any, targets: str | list[str]) -> Any:
     return step
 
 
-def run_side(side: str, shape: str, steps: int, samples: int, length: int) -> dict[str, Any]:
+def run_side(side: str, shape: str, steps: int, samples: int, length: int, dtype: str) -> dict[str, Any]:
     import torch
 
-    from lorica.training.memory import return_freed_memory
+    from lorica.kernels.pool import install_pool
 
     if side == "lorica":
-        return_freed_memory()
-    model = build(shape)
+        install_pool()
+    model = build(shape, dtype)
     loaded = resident_bytes("VmRSS")
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(0, SHAPES[shape]["vocab_size"], (samples, length), generator=generator)
@@ -133,15 +131,16 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2, help="processes a side")
     parser.add_argument("--samples", type=int, default=4)
     parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    shape = (arguments.shape, arguments.steps, arguments.samples, arguments.length)
+    shape = (arguments.shape, arguments.steps, arguments.samples, arguments.length, arguments.dtype)
     if arguments.side:
         print(json.dumps(run_side(arguments.side, *shape)))
         return
     results: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES}
     command = [sys.executable, "-W", "ignore", __file__, "--shape", arguments.shape, "--steps", str(arguments.steps)]
-    command += ["--samples", str(arguments.samples), "--length", str(arguments.length)]
+    command += ["--samples", str(arguments.samples), "--length", str(arguments.length), "--dtype", arguments.dtype]
     # What `lorica` sets for itself; both sides get it, since it helps both where the machine has other work.
     environment = {"GOMP_SPINCOUNT": "20000", **os.environ}
     for _ in range(arguments.rounds):
@@ -173,17 +172,24 @@ def report(arguments: argparse.Namespace, results: dict[str, list[dict[str, Any]
             f"{ours['peak'] / theirs['peak']:.0%} of the peak memory, "
             f"{ours['growth'] / theirs['growth']:.0%} of the growth"
         )
-    append_results(arguments.shape, tokens, rows)
+    append_results(f"{arguments.shape} {arguments.dtype}", tokens, rows)
 
 
-def append_results(shape: str, tokens: int, rows: dict[str, dict[str, float]]) -> None:
+def processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+    has = next((line for line in lines if line.startswith("flags")), "").split()
+    return name + "".join(f" {flag}" for flag in ("avx2", "avx512_bf16", "amx_bf16") if flag in has)
+
+
+def append_results(work: str, tokens: int, rows: dict[str, dict[str, float]]) -> None:
     file = Path(__file__).parent / "results" / "train_step.csv"
     file.parent.mkdir(exist_ok=True)
     head = ("date", "commit", "machine", "cores", "shape", "tokens", "side", "seconds", "peak_bytes", "growth_bytes")
     fresh = not file.exists()
     git = ["git", "-C", str(file.parent), "rev-parse", "--short", "HEAD"]
     commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
-    common = (time.strftime("%Y-%m-%d"), commit, platform.machine(), os.cpu_count(), shape, tokens)
+    common = (time.strftime("%Y-%m-%d"), commit, processor(), os.cpu_count(), work, tokens)
     with file.open("a", newline="") as handle:
         writer = csv.writer(handle)
         writer.writerows([head] if fresh else [])

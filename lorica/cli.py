@@ -8,6 +8,7 @@ and 2 for a command line that cannot be parsed. It gives up rich's help pages, w
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import sys
 import traceback
@@ -54,6 +55,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # machine with other work slows a training step 3 to 10 times; this long costs nothing on an idle one.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # As stderr does it: a character that the terminal's encoding lacks is escaped, and does not end the program.
+        sys.stdout.reconfigure(errors="backslashreplace")
     words = list(sys.argv[1:] if arguments is None else arguments)
     end = words.index("--") if "--" in words else len(words)
     options, rest = words[:end], words[end:]
@@ -268,28 +272,31 @@ def evaluate(
 
 
 @app.command(epilog="Example: lorica merge runs/first --output merged")
-def merge(run: Run, output: Output, json: Json = False) -> None:
+def merge(run: Run, output: Output, overrides: Overrides = None, json: Json = False) -> None:
     """Write base and adapter as one plain model folder."""
     from lorica.recipes.merge import merge
 
-    _finish(json, lambda: merge(run, output))
+    _finish(json, lambda: merge(run, output, overrides or []))
 
 
 @app.command(epilog="Example: lorica export runs/first --output adapter")
 def export(
     run: Run,
     output: Output,
+    overrides: Overrides = None,
     format: Annotated[Literal["peft"], typer.Option(help="What to write.")] = "peft",
     json: Json = False,
 ) -> None:
     """Write the adapter for other tools."""
     from lorica.recipes.export import export
 
-    _finish(json, lambda: export(run, output, format))
+    _finish(json, lambda: export(run, output, format, overrides or []))
 
 
 Model = Annotated[str, typer.Argument(metavar="RUN|BASE", help="A run folder, or a base model.", show_default=False)]
-MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")]
+MaxNewTokens = Annotated[
+    int | None, typer.Option(min=1, help="Longest answer, in tokens.", show_default="256, or what fits")
+]
 Temperature = Annotated[float, typer.Option(min=0.0, help="0: always the likeliest token.")]
 TopP = Annotated[float, typer.Option(min=0.0, max=1.0, help="Sample from this much of the probability.")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of the sampling.")]
@@ -299,9 +306,10 @@ BaseOnly = Annotated[bool, typer.Option("--base-only", help="Leave the adapter o
 @app.command(epilog='Example: lorica generate runs/first --prompt "Who approves travel?"')
 def generate(
     model: Model,
+    overrides: Overrides = None,
     prompt: Annotated[str | None, typer.Option(help="One prompt.")] = None,
     input: Annotated[Path | None, typer.Option(help="Rows to answer; without it and --prompt: stdin.")] = None,
-    max_new_tokens: MaxNewTokens = 256,
+    max_new_tokens: MaxNewTokens = None,
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
     seed: Seed = 0,
@@ -317,6 +325,7 @@ def generate(
         json,
         lambda: generate(
             model,
+            overrides or [],
             prompt=prompt,
             input=input,
             max_new_tokens=max_new_tokens,
@@ -331,7 +340,8 @@ def generate(
 @app.command(epilog="Example: lorica chat runs/first --temperature 0.7")
 def chat(
     model: Model,
-    max_new_tokens: MaxNewTokens = 256,
+    overrides: Overrides = None,
+    max_new_tokens: MaxNewTokens = None,
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
     seed: Seed = 0,
@@ -345,6 +355,7 @@ def chat(
         json,
         lambda: chat(
             model,
+            overrides or [],
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             top_p=top_p,

@@ -204,11 +204,6 @@ class TrainConfig(_Section):
     threads: Annotated[int, Field(ge=1, le=4096)] | None = Field(
         default=None, description="CPU threads; null: as many as torch chooses"
     )
-    return_memory: bool = Field(
-        default=True,
-        description="give freed memory back at once: least memory, and `plan` knows it; "
-        "false: faster steps, more memory",
-    )
     log_every: Count = Field(default=1, description="optimizer steps between log lines")
 
 

@@ -132,8 +132,12 @@ def test_arguments_reach_the_recipes(config: str, fake: Recipe) -> None:
     assert calls[0][1] == {"memory_bytes": 8 * 2**30, "measure": True}
 
     calls = fake("merge", "merge", {})
-    assert main(["merge", "runs/first", "--output", "x; touch /tmp/p"]) == 0
-    assert calls[0][0] == ("runs/first", Path("x; touch /tmp/p"))
+    assert main(["merge", "runs/first", "model.base=./moved", "--output", "x; touch /tmp/p"]) == 0
+    assert calls[0][0] == ("runs/first", Path("x; touch /tmp/p"), ["model.base=./moved"])
+
+    calls = fake("generate", "generate", [])
+    assert main(["generate", "runs/first", "--prompt", "Why?"]) == 0
+    assert calls[0][0] == ("runs/first", []) and calls[0][1]["max_new_tokens"] is None
 
 
 def test_a_shell_in_the_output_name_is_only_a_name(config: str, fake: Recipe, tmp_path: Path) -> None:
@@ -282,3 +286,15 @@ def test_ascii_terminals_get_valid_json(config: str) -> None:
     command = [sys.executable, "-m", "lorica", "config", "show", config, "--json"]
     result = subprocess.run(command, capture_output=True, env=environment, check=True)
     assert "数据.jsonl" in [row["value"] for row in json.loads(result.stdout.decode("ascii"))]
+    # A table, which has no escapes of its own, has those of Python.
+    result = subprocess.run(command[:-1], capture_output=True, env=environment, check=True)
+    assert "\\u6570\\u636e.jsonl" in result.stdout.decode("ascii")
+
+
+@pytest.mark.parametrize("locale", ["C", "POSIX", "C.UTF-8"])
+def test_a_pipe_gets_json_in_utf_8(config: str, locale: str) -> None:
+    Path(config).write_text("model: {base: embedded}\ndata: {train: 数据.jsonl}\n", encoding="utf-8")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("LC_", "LANG", "PYTHON"))}
+    command = [sys.executable, "-m", "lorica", "config", "show", config, "--json"]
+    result = subprocess.run(command, capture_output=True, env={**environment, "LC_ALL": locale}, check=True)
+    assert '"数据.jsonl"' in result.stdout.decode("utf-8")

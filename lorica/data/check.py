@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import groupby
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -30,7 +30,7 @@ class Overlap:
     """Rows of the evaluation side that the training side holds too.
 
     num_exact: prompt and answer are equal. num_prompts: at least the prompt is. num_eval: rows of the evaluation side.
-    examples: the first of them as (evaluation origin, training origin).
+    examples: the first of them as (evaluation origin, training origin), those that are equal before the others.
     """
 
     num_exact: int
@@ -65,10 +65,6 @@ class CheckReport:
     batch_tokens: int
     num_steps: int
     longest: tuple[tuple[str, int], ...]
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain dicts, lists, texts and numbers."""
-        return asdict(self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,13 +117,15 @@ def overlap(train: Sequence[Example], evaluation: Sequence[Example]) -> Overlap:
         prompt, answer = _prompt_and_answer(example)
         exact.setdefault((prompt, answer), example.origin)
         prompts.setdefault(prompt, example.origin)
-    num_exact, pairs = 0, []
+    equal, alike = [], []
     for example in evaluation:
         prompt, answer = _prompt_and_answer(example)
-        num_exact += (prompt, answer) in exact
-        if prompt in prompts:
-            pairs.append((example.origin, exact.get((prompt, answer), prompts[prompt])))
-    return Overlap(num_exact, len(pairs), len(evaluation), tuple(pairs[:SHOWN]))
+        if (prompt, answer) in exact:
+            equal.append((example.origin, exact[prompt, answer]))
+        elif prompt in prompts:
+            alike.append((example.origin, prompts[prompt]))
+    pairs = equal + alike
+    return Overlap(len(equal), len(pairs), len(evaluation), tuple(pairs[:SHOWN]))
 
 
 def preview(sample: tuple[Int32, Int32], tokenizer: PreTrainedTokenizerBase) -> list[Segment]:

@@ -156,11 +156,13 @@ def _check_mapping(mapping: Mapping[str, str], columns: Sequence[str], format: s
 def _unrecognised(columns: Sequence[str], format: str, source: str) -> str:
     names = FORMATS if format == "auto" else (format,)
     wants = "\n".join(f"  {name}: {FORMAT[name].wants}" for name in names)
-    first, last = (columns[0], columns[-1]) if len(columns) > 1 else ("question", "answer")
-    example = f"data.columns={{prompt: {first}, response: {last}}}"
+    ours = [choice[0] for choice in FORMAT["prompt_response" if format == "auto" else format].required]
+    theirs = (columns[0], columns[-1]) if len(columns) >= len(ours) else ("question", "answer")
+    example = ", ".join(f"{name}: {column}" for name, column in zip(ours, theirs, strict=False))
     return (
         f"{source}: no format fits the columns {_names(columns)}. Wanted:\n{wants}\n"
-        f"Say which column is which with data.columns (lorica's column: the file's), for example {example}."
+        "Say which column is which with data.columns (lorica's column: the file's), for example "
+        f"data.columns={{{example}}}."
     )
 
 

@@ -93,24 +93,32 @@ def context_length(model: PreTrainedModel) -> int | None:
     return int(length) if length else None
 
 
+def unanswerable(model: PreTrainedModel, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[int]:
+    """Indices of the prompts that are empty, or leave no room for `max_new_tokens` in the model's context."""
+    limit = context_length(model)
+    return [
+        index
+        for index, prompt in enumerate(prompts)
+        if len(prompt) == 0 or (limit is not None and len(prompt) + max_new_tokens > limit)
+    ]
+
+
 def check_prompts(
     model: PreTrainedModel, prompts: Sequence[Sequence[int]], max_new_tokens: int, names: Sequence[str] | None = None
 ) -> None:
     """Raise DataError that lists every prompt that is empty or too long, by `names` or else counted from 1."""
     limit = context_length(model)
     faults = []
-    for index, prompt in enumerate(prompts):
+    for index in unanswerable(model, prompts, max_new_tokens):
         name = f"prompt {index + 1}" if names is None else names[index]
-        if len(prompt) == 0:
-            faults.append(f"{name} is empty")
-        elif limit is not None and len(prompt) + max_new_tokens > limit:
-            faults.append(f"{name} has {len(prompt)} tokens")
+        num_tokens = len(prompts[index])
+        faults.append(f"{name} has {num_tokens} tokens" if num_tokens else f"{name} is empty")
     if faults:
         shown = "; ".join(faults[:20]) + (f"; and {len(faults) - 20} more" if len(faults) > 20 else "")
         context = "" if limit is None else f" in the model's context of {limit}"
         raise DataError(
-            f"Each prompt needs at least one token, and room for {max_new_tokens} new ones{context}, but {shown}. "
-            "Shorten the prompt, or lower max_new_tokens."
+            f"Each prompt needs at least one token, and room for {max_new_tokens} more{context}, but {shown}. "
+            f"Shorten the prompt{', or lower max_new_tokens' if max_new_tokens > 1 else ''}."
         )
 
 

@@ -7,15 +7,15 @@ models of one tokenizer only; bits a byte compare across tokenizers.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lorica.data.packing import Batch
 from lorica.errors import DataError
+from lorica.models.loss import LossFunction
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,7 @@ class Likelihood:
 
 def likelihood(
     model: nn.Module,
-    loss_fn: Callable[[Any, Mapping[str, Any], Tensor], Tensor],
+    loss_fn: LossFunction,
     batches: Iterable[Batch],
     *,
     num_bytes: int | None = None,
@@ -41,7 +41,7 @@ def likelihood(
     """Likelihood of the trained tokens of `batches`, in evaluation mode and without gradients; the mode is restored.
 
     Args:
-        loss_fn: (model, model inputs, targets [B, T] on the CPU) -> SUM of the token losses, as `models.loss` makes it.
+        loss_fn: gives the SUM of the token losses of a batch.
         num_bytes: UTF-8 bytes of the text of the trained tokens, for `bits_per_byte`.
 
     Raises:

@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from lorica.errors import ConfigError
+from lorica.kernels.linear import is_widened, linear
 from lorica.methods import inits
 from lorica.methods.method import Adapter, MethodOptions, unsupported_kind
 
@@ -88,12 +89,13 @@ def _by_pattern(patterns: Mapping[str, Any], name: str, default: float) -> float
 
 
 def add_low_rank(y: Tensor, h: Tensor, lora_b: Tensor, scale: float) -> Tensor:
-    """y + scale * h B^T: y [..., out], h [..., k], lora_b [out, k] in one product.
+    """y + scale * h B^T, written into y: y [rows, out], h [rows, k], lora_b [out, k], in one product.
 
     The low-rank family shares this line: LoRA with h = A x, HydraLoRA with h = g (x) A x and its heads' B side by side.
     """
-    rows = torch.addmm(y.reshape(-1, y.shape[-1]), h.reshape(-1, h.shape[-1]), lora_b.to(y.dtype).t(), alpha=scale)
-    return rows.view_as(y)
+    if is_widened(h):
+        return y.add_(linear(h, lora_b), alpha=scale)
+    return y.addmm_(h, lora_b.to(y.dtype).t(), alpha=scale)
 
 
 class LoraAdapter(Adapter):
@@ -141,9 +143,10 @@ class LoraLinear(LoraAdapter):
         self.dropout = options.dropout
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.base(x)
-        h = F.linear(F.dropout(x, self.dropout, self.training), self.lora_a.to(x.dtype))
-        return add_low_rank(y, h, self.lora_b, self.scale)
+        rows = x.reshape(-1, x.shape[-1])
+        y: Tensor = self.base(rows)
+        h = linear(F.dropout(rows, self.dropout, self.training), self.lora_a)
+        return add_low_rank(y, h, self.lora_b, self.scale).view(*x.shape[:-1], -1)
 
     def merged(self) -> nn.Module:
         delta = self.delta_weight()
@@ -161,9 +164,9 @@ class LoraEmbedding(LoraAdapter):
         self.output_scale = float(getattr(base, "scalar_embed_scale", getattr(base, "embed_scale", 1.0)))
 
     def forward(self, ids: Tensor) -> Tensor:
-        y: Tensor = self.base(ids)
-        h = F.embedding(ids, self.lora_a.t(), padding_idx=self.base.padding_idx)  # type: ignore[arg-type]
-        return add_low_rank(y, h.to(y.dtype), self.lora_b, self.scale * self.output_scale)
+        y: Tensor = self.base(ids.flatten())
+        h = F.embedding(ids.flatten(), self.lora_a.t(), padding_idx=self.base.padding_idx)  # type: ignore[arg-type]
+        return add_low_rank(y, h.to(y.dtype), self.lora_b, self.scale * self.output_scale).view(*ids.shape, -1)
 
     def merged(self) -> nn.Module:
         return self._with_weight(self.delta_weight().t())

@@ -25,8 +25,11 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedConfig
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from lorica.kernels.linear import is_widened
 
 NAME = "lorica"
 _RECORDER = "lorica_recorder"
@@ -222,6 +225,14 @@ def _round_up(lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, dropout: float, causal: bool) -> Tensor:
+    if is_widened(q):
+
+        def wide(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return _sdpa(q.float(), k.float(), v.float(), mask, scale, dropout, causal).to(q.dtype)
+
+        # Kept in 16 bits for backward, which makes the float32 tensors again.
+        out: Tensor = checkpoint(wide, q, k, v, use_reentrant=False) if torch.is_grad_enabled() else wide(q, k, v)
+        return out
     causal = causal and mask is None and q.shape[2] > 1
     grouped = q.shape[1] != k.shape[1]
     return F.scaled_dot_product_attention(

@@ -1,7 +1,7 @@
 """Loading a base: any folder in Hugging Face format, any hub id, or the model embedded in the package.
 
 Safe and quiet on purpose: a local folder never touches the network, weights come from safetensors only (no pickle),
-and no code from a model folder is ever run. Our attention is set where the architecture allows it.
+and no code from a model folder is ever run. `equip` then sets our attention and our layers where they fit.
 """
 
 from __future__ import annotations
@@ -26,12 +26,14 @@ from transformers.utils import logging as transformers_logging
 from lorica.assets import embedded_base
 from lorica.errors import ModelError
 from lorica.files import read_json_object
+from lorica.kernels.linear import Linear, cpu_computes, is_widened
 from lorica.models import attention
+from lorica.models.lean import use_lean_layers
 
 EMBEDDED = "embedded"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-# Where bfloat16 is emulated it is slower than float32 and saves only memory.
+# Where the CPU has no arithmetic for a 16-bit type, that type saves only memory, and costs precision.
 _FALLBACK_DTYPE = torch.float32
 
 
@@ -55,7 +57,6 @@ def load_model(
     Raises:
         ModelError: the folder is missing or damaged, holds pickled weights only, or asks for code of its own.
     """
-    attention.register()
     config = load_config(base, revision=revision)
     place = pick_device(device)
     transformers_logging.disable_progress_bar()
@@ -70,9 +71,23 @@ def load_model(
     except Exception as error:
         # from_pretrained raises whatever its many parts raise; every one of them means that this base cannot be used.
         raise ModelError(f"{base}: the model cannot be loaded. {type(error).__name__}: {error}") from error
+    return equip(model.to(place)).eval()
+
+
+def equip(model: PreTrainedModel) -> PreTrainedModel:
+    """Give `model`, in place, what makes it train faster and in less memory, and return it: `load_model` does it.
+
+    Our attention where the architecture allows it, layers that keep less for backward, and float32 products where the
+    model is in a 16-bit type that its CPU cannot compute in. Parameters, their names and outputs stay what they were.
+    """
+    attention.register()
     if model._can_set_attn_implementation():
         model.set_attn_implementation(attention.NAME)
-    return model.to(place).eval()
+    use_lean_layers(model)
+    for name, module in list(model.named_modules()):
+        if type(module) is nn.Linear and is_widened(module.weight):
+            model.set_submodule(name, Linear(module))
+    return model
 
 
 def load_tokenizer(base: str | Path, *, revision: str | None = None) -> PreTrainedTokenizerBase:
@@ -127,15 +142,9 @@ def pick_dtype(dtype: torch.dtype | str | None, config: PretrainedConfig, device
             raise ModelError(f"dtype {dtype!r} is not known; expected auto, {', '.join(DTYPES)}.")
         return DTYPES[dtype]
     own = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
-    if device.type == "cpu" and own is not torch.float32 and not _cpu_computes(own):
+    if device.type == "cpu" and not cpu_computes(own):
         return _FALLBACK_DTYPE
     return own
-
-
-def _cpu_computes(dtype: torch.dtype) -> bool:
-    if dtype is torch.bfloat16:
-        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
 
 
 def base_fingerprint(model: nn.Module) -> str:

@@ -7,6 +7,7 @@ one document. What it gives up: rich's markup and highlighting, which would read
 
 from __future__ import annotations
 
+import codecs
 import dataclasses
 import json
 import math
@@ -85,10 +86,13 @@ def printable(text: str) -> str:
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\N{REPLACEMENT CHARACTER}", text)
 
 
-def print_json(value: object) -> None:
-    """Print one JSON document on stdout, indented; `value` is what `jsonable` takes."""
-    ascii_only = "utf" not in (sys.stdout.encoding or "").lower()
-    print(json.dumps(jsonable(value), indent=2, ensure_ascii=ascii_only, allow_nan=False), flush=True)
+def print_json(value: object, *, indent: int | None = 2) -> None:
+    """Print one JSON document on stdout, on one line where `indent` is None; `value` is what `jsonable` takes.
+
+    Where stdout's encoding is not UTF-8, other characters than ASCII are escaped: the bytes are UTF-8 everywhere.
+    """
+    ascii_only = codecs.lookup(sys.stdout.encoding or "ascii").name != "utf-8"
+    print(json.dumps(jsonable(value), indent=indent, ensure_ascii=ascii_only, allow_nan=False), flush=True)
 
 
 def jsonable(value: object) -> Any:

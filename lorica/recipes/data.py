@@ -62,9 +62,10 @@ def check(target: str, overrides: Sequence[str] = ()) -> DataCheck:
     DataError if the rows cannot be read at all, or none is left.
     """
     from lorica.data.check import check as check_rows
+    from lorica.recipes.preparing import base_config, why_padded
 
     config = configuration(target, overrides)
-    data = config.data
+    data, base = config.data, base_config(config.model)
     # Rows that are too long are wanted in the report; where they are an error, they are refused below.
     lenient = "truncate" if data.too_long == "truncate" else "drop"
     renderer = _renderer(config.model_copy(update={"data": data.model_copy(update={"too_long": lenient})}))
@@ -76,7 +77,10 @@ def check(target: str, overrides: Sequence[str] = ()) -> DataCheck:
             num_held_out = _held_out(config, train)
         except DataError as error:
             refusals.append(str(error))
-    batch_tokens, padded = config.train.batch_tokens, not data.packing
+    padding = why_padded(config, base)
+    if padding is not None:
+        console.log(padding)
+    batch_tokens, padded = config.train.batch_tokens, padding is not None
     result = DataCheck(
         "\n".join(refusal for refusal in refusals if refusal) or None,
         check_rows(train, evaluation, batch_tokens=batch_tokens, padded=padded),
@@ -93,8 +97,10 @@ def preview(target: str, overrides: Sequence[str] = (), *, rows: int = 3, first:
     DataError if the source has no such row.
     """
     from lorica.data.sources import ROWS_TO_DETECT, load_examples
+    from lorica.recipes.preparing import base_config
 
     config = configuration(target, overrides)
+    base_config(config.model)
     data = config.data
     # Unreadable rows count towards the limit, so a few more are read than shown.
     limit = first + rows + ROWS_TO_DETECT

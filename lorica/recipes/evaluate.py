@@ -2,7 +2,8 @@
 
 The base is loaded once: it is measured plain, then the adapter is put on it and the same rows are measured again. Loss
 and perplexity are over every row; answers are generated greedily for up to `max_samples` of them, spread evenly over
-the data, and compared with all references of their row.
+the data, and compared with all references of their row. A row whose prompt leaves no room for an answer in the model's
+context is counted and named, and stays without one.
 """
 
 from __future__ import annotations
@@ -18,20 +19,20 @@ from lorica.config import RunConfig, load_config
 from lorica.data.render import Renderer, TokenizedDataset, load_dataset
 from lorica.data.rows import Example
 from lorica.errors import ConfigError
-from lorica.evaluate.generation import check_prompts
+from lorica.evaluate.generation import check_prompts, unanswerable
 from lorica.evaluate.generation import generate as generate_ids
 from lorica.evaluate.likelihood import likelihood, summarize
 from lorica.evaluate.text_metrics import score
 from lorica.files import write_json
 from lorica.interop.peft import load_adapter
-from lorica.models.attention import packing_support
 from lorica.models.loss import LossFunction, make_loss
 from lorica.recipes import console
 from lorica.recipes.opening import Source, find_source
-from lorica.recipes.preparing import prepare
+from lorica.recipes.preparing import prepare, why_padded
 from lorica.recipes.train import evaluation_batches
 
 SHOWN_SAMPLES = 3
+SHOWN_UNANSWERED = 10
 _SHOWN_CHARACTERS = 80
 _SCORES = ("exact_match", "bleu", "rouge_l", "chrf")
 
@@ -50,11 +51,16 @@ class Scores:
 
 @dataclass(frozen=True, slots=True)
 class TaskReport:
-    """One task's rows, or all of them. num_tokens: trained tokens that the loss is over."""
+    """One task's rows, or all of them.
+
+    num_tokens: trained tokens that the loss is over. num_generated: answers that the texts' scores are over.
+    num_unanswered: rows that were to be answered as well, and could not be.
+    """
 
     num_samples: int
     num_tokens: int
     num_generated: int
+    num_unanswered: int
     base: Scores | None
     adapter: Scores
 
@@ -72,6 +78,14 @@ class Sample:
 
 
 @dataclass(frozen=True, slots=True)
+class Unanswered:
+    """A row whose prompt is empty, or leaves no room for `eval.max_new_tokens` in the model's context."""
+
+    origin: str
+    num_prompt_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
 class EvaluationReport:
     """What an evaluation found. tasks: by task name, where the rows name tasks. samples: every generated answer."""
 
@@ -80,11 +94,16 @@ class EvaluationReport:
     all: TaskReport
     tasks: dict[str, TaskReport]
     samples: list[Sample]
+    unanswered: list[Unanswered]
 
 
 @dataclass(frozen=True)
 class _Rows:
-    """The rows to measure, and which of them to answer. groups: row indices by task, all of them under None."""
+    """The rows to measure, and which of them to answer.
+
+    groups: row indices by task, all of them under None. answered: row indices, in step with `prompts` (token ids) and
+    `references`. unanswered: prompt tokens of the rows that could not be answered, by row index.
+    """
 
     dataset: TokenizedDataset
     examples: list[Example]
@@ -92,6 +111,7 @@ class _Rows:
     answered: list[int]
     prompts: list[list[int]]
     references: list[tuple[str, ...]]
+    unanswered: dict[int, int]
 
 
 @dataclass(frozen=True)
@@ -124,7 +144,7 @@ def evaluate(
 
     Raises:
         ConfigError: `run` is no run folder, or it has no evaluation data.
-        DataError: the rows cannot be read, or a prompt does not fit into the model's context.
+        DataError: the rows cannot be read, or not one prompt leaves room for an answer in the model's context.
     """
     folder, source = _open_run(run, overrides)
     config = source.config
@@ -136,7 +156,7 @@ def evaluate(
 
     model = source.load_base()
     loss_fn = make_loss(model)
-    check_prompts(model, rows.prompts, config.eval.max_new_tokens, [examples[i].origin for i in rows.answered])
+    rows = _leave_unanswered(model, rows, config.eval.max_new_tokens)
     console.log(f"{len(dataset):,} rows of {name}; answers to {len(rows.answered):,} of them")
     before = _measure(model, loss_fn, tokenizer, renderer, rows, config) if base else None
     load_adapter(model, source.adapter).eval()
@@ -148,6 +168,7 @@ def evaluate(
         all=_task_report(None, rows, before, after),
         tasks={task: _task_report(task, rows, before, after) for task in rows.groups if task is not None},
         samples=_samples(rows, tokenizer, before, after),
+        unanswered=[Unanswered(examples[index].origin, length) for index, length in rows.unanswered.items()],
     )
     write_json(folder / "evaluation.json", console.jsonable(report))
     show(report)
@@ -162,7 +183,11 @@ def show(report: EvaluationReport) -> None:
     columns = ["task", "rows", "model", "loss", "perplexity"]
     if report.all.num_generated:
         columns += ["exact match", "BLEU", "ROUGE-L", "chrF"]
+    if report.unanswered:
+        columns.append("unanswered")
     console.table(f"{report.run} on {report.data}", columns, [row[: len(columns)] for row in rows], numeric=columns[3:])
+    if report.unanswered:
+        console.stdout().print(_say_unanswered(report.unanswered))
     shown = _spread(list(range(len(report.samples))), SHOWN_SAMPLES)
     if shown:
         sides = ["base", "adapter"] if report.all.base is not None else ["adapter"]
@@ -175,12 +200,13 @@ def _open_run(run: Path | str, overrides: Sequence[str]) -> tuple[Path, Source]:
     """The run's folder, and its base and adapter under `overrides`. `run` may also be the run.yaml that was trained."""
     path = Path(run)
     folder = Path(load_config(path, overrides).config.train.output) if path.is_file() else path
-    source = find_source(folder)
+    source = find_source(folder, overrides)
     if source.config is None or source.adapter is None:
-        raise ConfigError(f"{folder} is no run folder: it has no config.yaml. Evaluate what `lorica train` wrote.")
-    folder = source.adapter.parent
-    config = load_config(folder, overrides).config
-    return folder, replace(source, model=config.model, config=config)
+        raise ConfigError(
+            f"{folder} is no run folder: it has no config.yaml, which says what the rows are and how they are read. "
+            "Evaluate what `lorica train` wrote."
+        )
+    return source.adapter.parent, source
 
 
 def _load_rows(
@@ -221,7 +247,22 @@ def _choose(dataset: TokenizedDataset, examples: list[Example], renderer: Render
     answered = _spread([index for index, example in enumerate(examples) if example.text is None], limit)
     prompts = [renderer.prompt_ids(examples[index]) for index in answered]
     references = [examples[index].references or (renderer.reference(examples[index]),) for index in answered]
-    return _Rows(dataset, examples, groups, answered, prompts, references)
+    return _Rows(dataset, examples, groups, answered, prompts, references, {})
+
+
+def _leave_unanswered(model: PreTrainedModel, rows: _Rows, max_new_tokens: int) -> _Rows:
+    """The rows without those to answer that leave no room for it; DataError that lists them if it is all of them."""
+    misfits = unanswerable(model, rows.prompts, max_new_tokens)
+    if len(misfits) == len(rows.prompts):
+        check_prompts(model, rows.prompts, max_new_tokens, [rows.examples[index].origin for index in rows.answered])
+    fitting = sorted(set(range(len(rows.prompts))) - set(misfits))
+    return replace(
+        rows,
+        answered=[rows.answered[position] for position in fitting],
+        prompts=[rows.prompts[position] for position in fitting],
+        references=[rows.references[position] for position in fitting],
+        unanswered={rows.answered[position]: len(rows.prompts[position]) for position in misfits},
+    )
 
 
 def _spread(indices: list[int], limit: int) -> list[int]:
@@ -239,7 +280,7 @@ def _measure(
     rows: _Rows,
     config: RunConfig,
 ) -> _Measured:
-    padded = not config.data.packing or packing_support(model.config) is not None
+    padded = why_padded(config, model.config) is not None
     pad_id = tokenizer.pad_token_id if isinstance(tokenizer.pad_token_id, int) else 0
     budget = config.train.micro_batch_tokens or config.train.batch_tokens
 
@@ -283,6 +324,7 @@ def _task_report(task: str | None, rows: _Rows, before: _Measured | None, after:
         num_samples=len(members),
         num_tokens=after.totals[task][1],
         num_generated=len(answered),
+        num_unanswered=len(members & rows.unanswered.keys()),
         base=None if before is None else scores(before),
         adapter=scores(after),
     )
@@ -310,11 +352,21 @@ def _last_words(example: Example, tokenizer: PreTrainedTokenizerBase, prompt: li
     return turns[-1] if turns else str(tokenizer.decode(prompt))
 
 
+def _say_unanswered(rows: Sequence[Unanswered]) -> str:
+    named = [f"{row.origin} ({row.num_prompt_tokens:,} tokens)" for row in rows[:SHOWN_UNANSWERED]]
+    more = f" and {len(rows) - len(named):,} more" if len(rows) > len(named) else ""
+    longest = max(row.num_prompt_tokens for row in rows)
+    return (
+        f"Not answered, for want of room in the model's context: {len(rows):,} of the rows, the longest prompt of "
+        f"{longest:,} tokens: {', '.join(named)}{more}. A lower eval.max_new_tokens leaves more room."
+    )
+
+
 def _table_rows(task: str, part: TaskReport) -> list[list[object]]:
     models: list[tuple[str, Scores | None]] = [("base", part.base), ("adapter", part.adapter)]
-    rows = f"{part.num_samples:,}"
+    rows, unanswered = f"{part.num_samples:,}", f"{part.num_unanswered:,}"
     return [
-        [task, rows, name, f"{scores.loss:.3f}", _perplexity(scores.perplexity), *_percentages(scores)]
+        [task, rows, name, f"{scores.loss:.3f}", _perplexity(scores.perplexity), *_percentages(scores), unanswered]
         for name, scores in models
         if scores is not None
     ]

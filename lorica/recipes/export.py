@@ -7,6 +7,7 @@ beside the base.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,18 +33,21 @@ class ExportResult:
     max_difference: float
 
 
-def export(run: str | Path, output: str | Path, format: str = "peft") -> ExportResult:
+def export(run: str | Path, output: str | Path, format: str = "peft", overrides: Sequence[str] = ()) -> ExportResult:
     """Write the adapter of `run` (a run folder or an adapter folder) to a new folder `output` in `format`.
 
+    Args:
+        overrides: `section.key=value`, on top of the run's config.yaml; of the section `model` where there is none.
+
     Raises:
-        ConfigError: an unknown format, no adapter, or `output` exists and is not empty.
+        ConfigError: an unknown format, no adapter, or `output` exists and is not empty, or cannot be created.
         AdapterError: read back, the folder gives other logits.
     """
     if format not in FORMATS:
         raise ConfigError(f"--format is {format!r}; expected {' or '.join(FORMATS)}.")
     output = Path(output)
     check_free(output)
-    model, tokenizer, renderer = open_model(run)
+    model, tokenizer, renderer = open_model(run, overrides)
     if not adapters(model):
         raise ConfigError(f"{run} has no adapter to export. Give a run folder or an adapter folder.")
     ids = probe_ids(model)

@@ -7,7 +7,6 @@ keeps the conversation and drops its oldest turns when the model's context is fu
 from __future__ import annotations
 
 import contextlib
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +26,8 @@ from lorica.recipes import console
 from lorica.recipes.opening import open_model
 
 BATCH_SIZE = 16
+MAX_NEW_TOKENS = 256
+"""Longest answer where nobody asked for another; shorter where the model's context leaves less."""
 
 Conversation = list[Message]
 
@@ -41,10 +42,11 @@ class Answer:
 
 def generate(
     run_or_base: str | Path,
+    overrides: Sequence[str] = (),
     *,
     prompt: str | None = None,
     input: str | Path | None = None,
-    max_new_tokens: int = 256,
+    max_new_tokens: int | None = None,
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 0,
@@ -54,37 +56,40 @@ def generate(
 
     Args:
         run_or_base: a run folder, an adapter folder, a model folder, a hub id, or `"embedded"`.
+        overrides: `section.key=value`, on top of the run's config.yaml; of the section `model` where there is none.
         prompt: one prompt. Without it and `input`, all of stdin is one prompt.
         input: a .txt file with a prompt a line; or rows (.jsonl, .json, .csv, .parquet) with a column `prompt`, or
             `messages`, whose last assistant turn is left out when it ends the conversation.
+        max_new_tokens: longest answer; None: `MAX_NEW_TOKENS`, or what the prompt leaves of the model's context.
         temperature: 0 takes the most probable token.
 
     Raises:
         ConfigError: both `prompt` and `input`, or neither and stdin is a terminal.
-        DataError: prompts that cannot be read, or are too long for the model; all of them are listed.
+        DataError: prompts that cannot be read, or leave no room for an answer (for one of `max_new_tokens`, where that
+            is given); all of them are listed.
     """
     conversations = _read_prompts(prompt, input)
-    model, tokenizer, renderer = open_model(run_or_base, base_only)
+    model, tokenizer, renderer = open_model(run_or_base, overrides, base_only=base_only)
     prompts, names = _render(conversations, renderer), [origin for origin, _ in conversations]
-    check_prompts(model, prompts, max_new_tokens, names)
-    how: dict[str, Any] = {
-        "max_new_tokens": max_new_tokens,
-        "stop_ids": renderer.stop_ids,
-        "temperature": temperature,
-        "top_p": top_p,
-        "seed": seed,
-    }
+    check_prompts(model, prompts, 1 if max_new_tokens is None else max_new_tokens, names)
+    rooms = [_room(model, prompt, max_new_tokens) for prompt in prompts]
+    if max_new_tokens is None and min(rooms) < MAX_NEW_TOKENS:
+        num_short = sum(room < MAX_NEW_TOKENS for room in rooms)
+        console.log(
+            f"The model's context leaves {num_short:,} of {len(rooms):,} answers less room than the usual "
+            f"{MAX_NEW_TOKENS} tokens, the shortest {min(rooms)}."
+        )
+    how = {"stop_ids": renderer.stop_ids, "temperature": temperature, "top_p": top_p, "seed": seed}
     if input is None and sys.stdout.isatty():
-        texts = [_show_stream(model, tokenizer, prompts[0], how)]
+        texts = [_show_stream(model, tokenizer, prompts[0], {**how, "max_new_tokens": rooms[0]})]
     else:
-        ids = generate_ids(model, tokenizer, prompts, batch_size=BATCH_SIZE, **how)
-        texts = [str(tokenizer.decode(answer, skip_special_tokens=True)) for answer in ids]
+        texts = _answer_all(model, tokenizer, prompts, rooms, how)
     answers = [
         Answer(conversation[-1].content, text) for (_, conversation), text in zip(conversations, texts, strict=True)
     ]
     if input is not None:
         for answer in answers:
-            print(json.dumps(console.jsonable(answer), ensure_ascii=False))
+            console.print_json(answer, indent=None)
     elif not sys.stdout.isatty():
         print(answers[0].response)
     return answers
@@ -92,8 +97,9 @@ def generate(
 
 def chat(
     run_or_base: str | Path,
+    overrides: Sequence[str] = (),
     *,
-    max_new_tokens: int = 256,
+    max_new_tokens: int | None = None,
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 0,
@@ -101,10 +107,14 @@ def chat(
 ) -> list[Answer]:
     """Talk in the terminal until /exit, Ctrl-D or Ctrl-C; /reset forgets the conversation, Ctrl-C cuts an answer short.
 
+    Args:
+        overrides: as `generate` takes them.
+        max_new_tokens: longest answer; None: `MAX_NEW_TOKENS`, or what a single long message leaves of the context.
+
     Returns:
         Every answer of the session that was not cut short.
     """
-    model, tokenizer, renderer = open_model(run_or_base, base_only)
+    model, tokenizer, renderer = open_model(run_or_base, overrides, base_only=base_only)
     console.log("Type a message. /reset forgets the conversation, /exit or Ctrl-D leaves, Ctrl-C cuts an answer short.")
     history: Conversation = []
     answers: list[Answer] = []
@@ -119,7 +129,7 @@ def chat(
             if prompt is None:
                 continue
             how = {
-                "max_new_tokens": max_new_tokens,
+                "max_new_tokens": _room(model, prompt, max_new_tokens),
                 "stop_ids": renderer.stop_ids,
                 "temperature": temperature,
                 "top_p": top_p,
@@ -128,7 +138,7 @@ def chat(
             try:
                 text = _show_stream(model, tokenizer, prompt, how)
             except KeyboardInterrupt:
-                console.log("\n(cut short; this turn is forgotten)")
+                console.log("(cut short; this turn is forgotten)")
                 continue
             history = [*turns, Message("assistant", text)]
             answers.append(Answer(line, text))
@@ -147,20 +157,48 @@ def _ask() -> str | None:
     return None if line == "/exit" else line
 
 
+def _room(model: PreTrainedModel, prompt: Sequence[int], max_new_tokens: int | None) -> int:
+    """Most tokens of the answer to `prompt`: what was asked for, or else what is usual and fits."""
+    limit = context_length(model)
+    if max_new_tokens is not None:
+        return max_new_tokens
+    return MAX_NEW_TOKENS if limit is None else min(MAX_NEW_TOKENS, limit - len(prompt))
+
+
+def _answer_all(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[list[int]],
+    rooms: Sequence[int],
+    how: Mapping[str, Any],
+) -> list[str]:
+    """The answer to each prompt, of at most as many tokens as its room; those of equal room are batched."""
+    texts = [""] * len(prompts)
+    for room in sorted(set(rooms)):
+        chosen = [index for index, own in enumerate(rooms) if own == room]
+        batch = [prompts[index] for index in chosen]
+        found = generate_ids(model, tokenizer, batch, max_new_tokens=room, batch_size=BATCH_SIZE, **how)
+        for index, ids in zip(chosen, found, strict=True):
+            texts[index] = str(tokenizer.decode(ids, skip_special_tokens=True))
+    return texts
+
+
 def _fit(
-    turns: Conversation, model: PreTrainedModel, renderer: Renderer, max_new_tokens: int
+    turns: Conversation, model: PreTrainedModel, renderer: Renderer, max_new_tokens: int | None
 ) -> tuple[Conversation, list[int] | None]:
     """The newest turns that leave room for an answer, and their ids; None where not even the last one does."""
     limit = context_length(model)
+    wanted, least = (MAX_NEW_TOKENS, 1) if max_new_tokens is None else (max_new_tokens, max_new_tokens)
     num_dropped = 0
     while True:
         prompt = _render([("this conversation", turns)], renderer)[0]
-        if limit is None or len(prompt) + max_new_tokens <= limit:
+        # Turns are forgotten for an answer of full length; for the last one's sake the answer may be shorter.
+        if limit is None or len(prompt) + (wanted if len(turns) > 1 else least) <= limit:
             break
         if len(turns) == 1:
             console.log(
-                f"The message has {len(prompt)} tokens; with {max_new_tokens} for the answer that is more than the "
-                f"model's context of {limit}. Shorten it, or lower --max-new-tokens."
+                f"The message has {len(prompt)} tokens; with {least} for the answer that is more than the model's "
+                f"context of {limit}. Shorten it{', or lower --max-new-tokens' if least > 1 else ''}."
             )
             return turns, None
         # A question and its answer go together.
@@ -178,10 +216,13 @@ def _show_stream(
     text = ""
     pieces = stream(model, tokenizer, prompt, **how)
     with contextlib.closing(pieces):
-        for piece in pieces:
-            text += piece
-            print(console.printable(piece), end="", flush=True)
-    print()
+        try:
+            for piece in pieces:
+                text += piece
+                print(console.printable(piece), end="", flush=True)
+        finally:
+            # After a Ctrl-C too, so that what is said next has a line of its own.
+            print()
     return text
 
 
@@ -203,7 +244,8 @@ def _read_prompts(prompt: str | None, input: str | Path | None) -> list[tuple[st
         raise ConfigError("Give a prompt or a file of prompts, not both.")
     if input is not None:
         return _read_file(Path(input))
-    if prompt is None and sys.stdin.isatty():
+    # None where the parent closed it.
+    if prompt is None and (sys.stdin is None or sys.stdin.isatty()):
         raise ConfigError("There is no prompt. Give --prompt TEXT or --input FILE, or pipe a prompt in.")
     origin = "stdin" if prompt is None else "the prompt"
     text = sys.stdin.read() if prompt is None else prompt

@@ -18,12 +18,12 @@ import torch
 
 from lorica.config import RunConfig
 from lorica.errors import LoricaError
+from lorica.kernels.pool import install_pool
 from lorica.methods.attach import adapt, trainable_parameters
 from lorica.models.load import EMBEDDED, load_model, pick_device
 from lorica.models.loss import make_loss
 from lorica.recipes.rehearsing import Setting, batch_lengths, num_micro_batches
 from lorica.recipes.train import make_method_options
-from lorica.training.memory import return_freed_memory
 from lorica.training.metrics import peak_memory_bytes
 from lorica.training.optim import clip_gradients, make_optimizer
 from lorica.training.rehearsal import Rehearsal, example_batch
@@ -88,8 +88,7 @@ def measure_steps(text: str) -> None:
     config = RunConfig.model_validate_json(order["config"])
     if config.train.threads is not None:
         torch.set_num_threads(config.train.threads)
-    if config.train.return_memory:
-        return_freed_memory()
+    install_pool()
     load_model(EMBEDDED, dtype=config.model.dtype, device=config.model.device)
     gc.collect()
     _reset_peak()

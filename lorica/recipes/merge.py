@@ -7,7 +7,9 @@ of the adapted model; only a folder that agrees gets its name.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -28,31 +30,26 @@ WORTH_A_WARNING = 0.9
 
 @dataclass(frozen=True)
 class MergeResult:
-    """A merged folder, and how it compares with the adapted model that it came from.
-
-    kl: nats a token. kept: share of the adapter's effect that is left after rounding. top1: 0 to 1.
-    """
+    """A merged folder, and how it agrees with the adapted model that it came from."""
 
     output: str
-    max_difference: float
-    largest_logit: float
-    kl: float
-    kept: float
-    top1: float
-    num_tokens: int
+    agreement: Agreement
 
 
-def merge(run: str | Path, output: str | Path) -> MergeResult:
+def merge(run: str | Path, output: str | Path, overrides: Sequence[str] = ()) -> MergeResult:
     """Merge the adapter of `run` (a run folder or an adapter folder) into a new folder `output`.
 
+    Args:
+        overrides: `section.key=value`, on top of the run's config.yaml; of the section `model` where there is none.
+
     Raises:
-        ConfigError: `run` has no adapter, or `output` exists and is not empty.
+        ConfigError: `run` has no adapter, or `output` exists and is not empty, or cannot be created.
         NotMergeableError: the method's adapters are no fixed change of weights.
         AdapterError: the merged folder, read back, does not agree with the adapted model within its dtype's rounding.
     """
     output = Path(output)
     check_free(output)
-    model, tokenizer, renderer = open_model(run)
+    model, tokenizer, renderer = open_model(run, overrides)
     if not adapters(model):
         raise ConfigError(f"{run} has no adapter to merge. Give a run folder or an adapter folder.")
     proof = write_merged(model, tokenizer, renderer.template, output)
@@ -64,11 +61,9 @@ def merge(run: str | Path, output: str | Path) -> MergeResult:
     if proof.kept < WORTH_A_WARNING:
         console.log(
             f"Warning: rounded to the base's dtype, the merged weights keep {proof.kept:.0%} of what the adapter "
-            "changes. Set model.dtype: float32 in the run's config.yaml and merge again, or use the adapter unmerged."
+            "changes. Remove it and merge again with model.dtype=float32, or use the adapter unmerged."
         )
-    facts = asdict(proof)
-    del facts["tolerance"], facts["noise"]
-    return MergeResult(str(output), **facts)
+    return MergeResult(str(output), proof)
 
 
 def write_merged(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, template: str, output: Path) -> Agreement:
@@ -94,8 +89,7 @@ def write_merged(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tem
             raise AdapterError(
                 f"Not merged: a logit differs by {proof.max_difference:.3g} from the adapted model's (largest logit "
                 f"{proof.largest_logit:.3g}; {proof.tolerance * proof.largest_logit:.3g} is allowed), and "
-                f"{proof.kept:.0%} of what the adapter changes is kept. With model.dtype: float32 in the run's "
-                "config.yaml less is rounded away."
+                f"{proof.kept:.0%} of what the adapter changes is kept. With model.dtype=float32 less is rounded away."
             )
     return proof
 
@@ -114,6 +108,13 @@ def probe_ids(model: PreTrainedModel, rows: int = 4, length: int = 32) -> torch.
 
 
 def check_free(output: Path) -> None:
-    """Refuse an output folder that holds something already."""
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ConfigError(f"{output} exists and is not empty. Choose another --output, or remove it first.")
+    """Refuse, before anything is computed, an output folder that holds something already or that cannot be created."""
+    around = output
+    try:
+        if output.exists() and (not output.is_dir() or any(output.iterdir())):
+            raise ConfigError(f"{output} exists and is not empty. Choose another --output, or remove it first.")
+        # Where it will be filled under another name, then renamed. Permissions alone do not tell a superuser.
+        around = next(folder for folder in output.resolve().parents if folder.exists())
+        tempfile.TemporaryDirectory(dir=around).cleanup()
+    except OSError as error:
+        raise ConfigError(f"{output} cannot be created: {around}: {error.strerror}. Choose another --output.") from None

@@ -3,24 +3,30 @@
 a run folder        config.yaml + adapter/             -> the run's base with the run's adapter
 an adapter folder   adapter_config.json                -> the base that it names, with this adapter
 anything else       a folder, a hub id, "embedded"     -> that model as it is
+
+A base that has moved since is named anew by the override `model.base=FOLDER`, which every verb takes.
 """
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lorica.config import ModelConfig, RunConfig, load_config
 from lorica.data.render import Renderer
-from lorica.errors import AdapterError
+from lorica.errors import AdapterError, ConfigError
 from lorica.files import read_json_object
 from lorica.interop.peft import CONFIG as ADAPTER_CONFIG
+from lorica.interop.peft import WEIGHTS as ADAPTER_WEIGHTS
 from lorica.interop.peft import load_adapter
-from lorica.models.load import is_local, load_model, load_tokenizer
-from lorica.recipes import console
-from lorica.recipes.preparing import make_renderer
+from lorica.models.load import load_model, load_tokenizer
+from lorica.recipes.preparing import announce_hub, base_config, make_renderer
+from lorica.strict_yaml import dump_value
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,18 +51,20 @@ class Source:
 
 
 def open_model(
-    run_or_base: str | Path, base_only: bool = False
+    run_or_base: str | Path, overrides: Sequence[str] = (), *, base_only: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Renderer]:
     """The model that `run_or_base` stands for, in evaluation mode, with its tokenizer and renderer.
 
     Args:
+        overrides: `section.key=value`, as `find_source` takes them.
         base_only: leave the adapter off.
 
     Raises:
         AdapterError: the run has no adapter yet, or the adapter cannot be loaded.
+        ConfigError: overrides that cannot be meant.
         ModelError: the base cannot be loaded.
     """
-    source = find_source(run_or_base)
+    source = find_source(run_or_base, overrides)
     tokenizer, renderer = source.open_tokenizer()
     model = source.load_base()
     if source.adapter is not None and not base_only:
@@ -64,45 +72,96 @@ def open_model(
     return model, tokenizer, renderer
 
 
-def find_source(run_or_base: str | Path) -> Source:
+def find_source(run_or_base: str | Path, overrides: Sequence[str] = ()) -> Source:
     """What `run_or_base` stands for; nothing heavy is loaded.
 
+    Args:
+        overrides: `section.key=value`, on top of the run's config.yaml; of the section `model` alone where there is no
+            run.
+
     Raises:
-        AdapterError: a run folder without an adapter, or an adapter folder that does not name its base.
-        ConfigError: the run's config.yaml cannot be read.
+        AdapterError: a run folder without an adapter, an adapter folder that does not name its base, or weights that
+            are cut off.
+        ConfigError: a run that is not among those beside it, a config.yaml that cannot be read, or overrides that
+            cannot be meant.
+        ModelError: the base that a run or an adapter names is nowhere.
     """
     path = Path(run_or_base)
     if _is_run(path):
-        config = load_config(path).config
+        config = load_config(path, overrides).config
         if not (path / "adapter" / ADAPTER_CONFIG).is_file():
             raise AdapterError(
                 f"{path} is a run without an adapter: its training has not finished. "
                 f"`lorica train {path} --resume auto` goes on with it."
             )
+        if fault := adapter_fault(path / "adapter"):
+            raise AdapterError(
+                f"{fault} `lorica train {path} --resume auto` writes it again from the run's checkpoints."
+            )
+        base_config(config.model)
         return Source(config.model, path / "adapter", config)
     if (path / ADAPTER_CONFIG).is_file():
         # A run's own folder knows its base better than the adapter inside it: dtype, revision, template.
         if path.name == "adapter" and _is_run(path.parent):
-            return find_source(path.parent)
-        return Source(_named_base(path), path, None)
-    if not is_local(run_or_base):
-        console.log(f"{run_or_base} is no folder here; asking the hub for it.")
-    return Source(ModelConfig(base=str(run_or_base)), None, None)
+            return find_source(path.parent, overrides)
+        if (path / ADAPTER_WEIGHTS).is_file() and (fault := adapter_fault(path)):
+            raise AdapterError(f"{fault} Copy the folder again from where it was made.")
+        model = _without_run(path, [*_named_base(path, overrides), *overrides])
+        base_config(model)
+        return Source(model, path, None)
+    _refuse_misspelt(path)
+    model = _without_run(path, [f"model.base={dump_value(str(run_or_base))}", *overrides])
+    announce_hub(model.base)
+    return Source(model, None, None)
+
+
+def adapter_fault(folder: Path) -> str | None:
+    """Why the weights of an adapter folder cannot be read, as a sentence, or None; their header alone is read."""
+    file = folder / ADAPTER_WEIGHTS
+    if not file.is_file():
+        return f"{file} is missing."
+    try:
+        with safe_open(file, framework="pt"):
+            return None
+    except (SafetensorError, OSError) as error:
+        return f"{file} is damaged or cut off ({error})."
 
 
 def _is_run(path: Path) -> bool:
     return (path / "config.yaml").is_file()
 
 
-def _named_base(folder: Path) -> ModelConfig:
+def _refuse_misspelt(path: Path) -> None:
+    """Refuse a name beside runs that is none: taken for a hub id, it would be looked for on the network."""
+    if path.exists() or len(path.parts) < 2 or not path.parent.is_dir():
+        return
+    runs = sorted(folder.name for folder in path.parent.iterdir() if _is_run(folder))
+    if runs:
+        close = difflib.get_close_matches(path.name, runs, n=1)
+        hint = f"Did you mean {path.parent / close[0]}?" if close else f"There are {', '.join(runs[:8])}."
+        raise ConfigError(f"{path}: there is no such run in {path.parent}. {hint}")
+
+
+def _without_run(path: Path, assignments: Sequence[str]) -> ModelConfig:
+    """The section `model` that `assignments` make, of which a later one wins, where no config.yaml says it."""
+    others = [assignment for assignment in assignments if not assignment.startswith("model.")]
+    if others:
+        raise ConfigError(f"{path} is no run folder: only model.KEY=VALUE can be given for it, not {others[0]}.")
+    # The rows that a configuration must name are not read.
+    return load_config(None, ["data.train=none", *assignments]).config.model
+
+
+def _named_base(folder: Path, overrides: Sequence[str]) -> list[str]:
+    """What an adapter folder says of its base, as assignments."""
     try:
         config = read_json_object(folder / ADAPTER_CONFIG)
     except (OSError, ValueError) as error:
         raise AdapterError(str(error)) from None
-    base, revision = config.get("base_model_name_or_path"), config.get("revision")
-    if not (isinstance(base, str) and base):
+    said = {"model.base": config.get("base_model_name_or_path"), "model.revision": config.get("revision")}
+    named = [f"{key}={dump_value(value)}" for key, value in said.items() if isinstance(value, str) and value]
+    if not any(assignment.startswith("model.base=") for assignment in (*named, *overrides)):
         raise AdapterError(
-            f"{folder / ADAPTER_CONFIG}: base_model_name_or_path is {base!r}, so the base is not known. "
-            "Write the base's folder or hub id there."
+            f"{folder / ADAPTER_CONFIG}: base_model_name_or_path is {said['model.base']!r}, so the base is not known. "
+            "Say which it is: model.base=FOLDER."
         )
-    return ModelConfig(base=base, revision=revision if isinstance(revision, str) and revision else None)
+    return named

@@ -19,6 +19,7 @@ import torch
 
 from lorica.config import RunConfig
 from lorica.errors import DoesNotFitError
+from lorica.kernels.pool import has_pool
 from lorica.recipes import console
 from lorica.recipes.doctor import available_memory_bytes
 from lorica.recipes.fitting import Alternative, find_alternatives, nothing_fits
@@ -103,8 +104,10 @@ def plan(
         tokens_per_second = _tokens_per_second(config, setting, rehearsal)
     if setting.device.type != rehearsal.device:
         assumptions.append(f"There is no {setting.device.type} device here; the CPU's accounting stands in.")
-    if not config.train.return_memory:
-        assumptions.append("train.return_memory is false: freed memory is kept; the peak may be half as much again.")
+    if rehearsal.device == "cpu" and not has_pool():
+        assumptions.append(
+            "The pool for tensors cannot be built here: the peak may be half as much again."
+        )
     held, memory_bytes = _memory(setting.device, process_bytes, memory_bytes)
     room = None if memory_bytes is None else memory_bytes - held
     fits = room is None or rehearsal.peak_bytes <= room

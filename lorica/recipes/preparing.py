@@ -4,17 +4,21 @@ with.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+from pathlib import Path
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from lorica.config import RunConfig
+from lorica.config import ModelConfig, RunConfig
 from lorica.data.check import overlap
 from lorica.data.render import Prepared, Renderer, load_dataset
 from lorica.data.rows import Example, RowFault
 from lorica.data.sampler import split_eval
 from lorica.data.tokenized import TokenizedDataset
-from lorica.models.load import is_local, load_tokenizer
+from lorica.errors import ModelError
+from lorica.models.attention import packing_support
+from lorica.models.load import is_local, load_config, load_tokenizer
 from lorica.recipes import console
 
 
@@ -38,6 +42,27 @@ class PreparedRun:
         return int(pad) if isinstance(pad, int) else 0
 
 
+def announce_hub(base: str) -> None:
+    """Say on stderr that the hub is asked for `base`, where that is no folder here and may be a hub id."""
+    if not (is_local(base) or Path(base).exists()) and re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", base):
+        console.log(f"{base} is no folder here; asking the hub for it.")
+
+
+def base_config(model: ModelConfig) -> PretrainedConfig:
+    """The configuration of the base that a run or an adapter names: the first that is read of it, and little.
+
+    Raises:
+        ModelError: as `models.load.load_config`; where the base is not found, with how to name another place.
+    """
+    announce_hub(model.base)
+    try:
+        return load_config(model.base, revision=model.revision)
+    except ModelError as error:
+        if is_local(model.base):
+            raise
+        raise ModelError(f"{error} If it has moved, say where it is now: model.base=FOLDER.") from None
+
+
 def make_renderer(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Renderer:
     """How this run turns rows into tokens."""
     data = config.data
@@ -50,17 +75,23 @@ def make_renderer(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Rend
     )
 
 
+def why_padded(config: RunConfig, base: PretrainedConfig) -> str | None:
+    """None where the run packs its batches; else, as a sentence, why it pads them."""
+    if not config.data.packing:
+        return "Batches are padded: data.packing is false."
+    reason = packing_support(base)
+    return None if reason is None else f"Batches are padded, because this model cannot pack: {reason}."
+
+
 def prepare(config: RunConfig) -> PreparedRun:
     """Read, render and tokenise the run's data; hold out evaluation rows where `data.eval` is a fraction.
 
-    Says on stderr what was left out and what overlaps.
+    `base_config` comes before this. Says on stderr what was left out and what overlaps.
 
     Raises:
         DataError: rows that cannot be read under `data.on_bad_row: error`, or nothing to train on.
     """
     data = config.data
-    if not is_local(config.model.base):
-        console.log(f"{config.model.base} is no folder here; asking the hub for it.")
     tokenizer = load_tokenizer(config.model.base, revision=config.model.revision)
     renderer = make_renderer(config, tokenizer)
     loaded = _load(config, renderer, data.train, data.split)

@@ -25,7 +25,8 @@ class Agreement:
 
     max_difference: largest absolute difference of a logit. largest_logit: the scale to read it against.
     kl: mean Kullback-Leibler divergence in nats a token. kept: share of the divergence from the base that is still
-    there, 1 where nothing was lost. top1: share of positions with the same most likely token.
+    there, 1 where nothing was lost. top1: share of positions with the same most likely token. tolerance: what rounding
+    may move a logit by, as a share of the largest. noise: what it may make of `kl`.
     """
 
     max_difference: float

@@ -119,7 +119,7 @@ def _headline(task: str, scores: Scores | None) -> float:
 
 
 def _write_report(output: Path, result: QuickstartResult, evaluation: EvaluationReport) -> None:
-    training = run_sections(console.jsonable(result.training))
+    training, merged = run_sections(console.jsonable(result.training)), result.merge.agreement
     pages = [
         "# Quickstart report",
         "An 8M-parameter base that knows nothing of this company, before and after LoRA training on its handbook. The "
@@ -135,11 +135,11 @@ def _write_report(output: Path, result: QuickstartResult, evaluation: Evaluation
             ("what", "value"),
             (
                 ("adapter saved and read back: largest difference of a logit", f"{result.export.max_difference:g}"),
-                ("merged folder read back: largest difference of a logit", f"{result.merge.max_difference:.3g}"),
-                ("largest logit, to read that against", f"{result.merge.largest_logit:.3g}"),
-                ("merged against adapted: KL divergence, nats a token", f"{result.merge.kl:.2g}"),
-                ("share of the adapter's effect that merging keeps", f"{result.merge.kept:.2%}"),
-                ("merged against adapted: same most likely token", f"{result.merge.top1:.1%}"),
+                ("merged folder read back: largest difference of a logit", f"{merged.max_difference:.3g}"),
+                ("largest logit, to read that against", f"{merged.largest_logit:.3g}"),
+                ("merged against adapted: KL divergence, nats a token", f"{merged.kl:.2g}"),
+                ("share of the adapter's effect that merging keeps", f"{merged.kept:.2%}"),
+                ("merged against adapted: same most likely token", f"{merged.top1:.1%}"),
                 ("seconds for everything", f"{result.seconds:.0f}"),
             ),
         ),

@@ -16,9 +16,8 @@ from lorica.config import RunConfig
 from lorica.data.sampler import Order, micro_batches
 from lorica.data.tokenized import Int64
 from lorica.errors import ModelError
-from lorica.models.attention import packing_support
-from lorica.models.load import load_config, pick_device, pick_dtype
-from lorica.recipes.preparing import prepare
+from lorica.models.load import pick_device, pick_dtype
+from lorica.recipes.preparing import base_config, prepare, why_padded
 from lorica.recipes.train import make_method_options
 from lorica.training.rehearsal import Rehearsal, rehearse
 
@@ -52,11 +51,11 @@ class Setting:
 
 def look_around(config: RunConfig, require_data: bool) -> tuple[Setting, list[str]]:
     """The base's configuration, and the data as far as it is at hand; what was assumed instead."""
-    base = load_config(config.model.base, revision=config.model.revision)
+    base = base_config(config.model)
     device = pick_device(config.model.device)
-    reason = packing_support(base) if config.data.packing else "data.packing is false"
-    assumptions = [] if reason is None else [f"Batches are padded: {reason}."]
-    setting = Setting(base, device, reason is not None, 1.0, None, None, None, None)
+    padding = why_padded(config, base)
+    assumptions = [] if padding is None else [padding]
+    setting = Setting(base, device, padding is not None, 1.0, None, None, None, None)
     if not require_data and not Path(config.data.train).exists():
         return setting, [*assumptions, _assumed(config, f"{config.data.train} is not on this machine")]
     try:

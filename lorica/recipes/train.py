@@ -25,24 +25,24 @@ import numpy as np
 # Its import draws from Python's generator: before a run seeds that one, not when the first progress is shown.
 import rich.style  # noqa: F401
 import torch
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from lorica.config import MethodConfig, Resolved, RunConfig, dump_yaml, load_config
 from lorica.data.packing import ROUND_TO, Batch, pack, pad
 from lorica.data.sampler import Order, micro_batches
 from lorica.data.tokenized import TokenizedDataset
-from lorica.errors import CheckpointError, DataError, ModelError
+from lorica.errors import CheckpointError, ConfigError, DataError, ModelError
 from lorica.evaluate.likelihood import likelihood
 from lorica.files import read_json_object, write_json, write_text
 from lorica.interop.peft import check_adapter_folder, load_adapter, save_adapter
+from lorica.kernels.pool import install_pool
 from lorica.methods.attach import adapt, detach, trainable_parameters
 from lorica.methods.method import MethodOptions, method_options
-from lorica.models.attention import packing_support
 from lorica.models.load import base_fingerprint, load_model
-from lorica.models.load import load_config as load_model_config
 from lorica.models.loss import LossFunction, make_loss
 from lorica.recipes import console
-from lorica.recipes.preparing import PreparedRun, prepare
+from lorica.recipes.opening import adapter_fault
+from lorica.recipes.preparing import PreparedRun, base_config, prepare, why_padded
 from lorica.recipes.proof import check_read_back, logits_of
 from lorica.recipes.report import write_run_report
 from lorica.training.checkpoint import (
@@ -56,7 +56,6 @@ from lorica.training.checkpoint import (
 from lorica.training.identity import check_identity
 from lorica.training.lock import RunLock
 from lorica.training.loop import LoopOptions, LoopResult, is_finished, run_loop
-from lorica.training.memory import return_freed_memory
 
 if TYPE_CHECKING:
     from lorica.recipes.plan import PlanReport
@@ -87,6 +86,16 @@ class TrainResult:
     read_back_difference: float | None
 
 
+@dataclass(frozen=True)
+class _Work:
+    """What there is to train on, before any weight is read. identity: of the run, without its model."""
+
+    data: PreparedRun
+    order: Order
+    padded: bool
+    identity: dict[str, Any]
+
+
 def train(
     config: RunConfig | Resolved | str | Path,
     *,
@@ -108,14 +117,14 @@ def train(
     """
     resolved = config if isinstance(config, RunConfig | Resolved) else load_config(config)
     config = resolved.config if isinstance(resolved, Resolved) else resolved
+    if isinstance(resolved, Resolved):
+        _refuse_moved(resolved)
     if dry_run:
         from lorica.recipes.plan import plan
 
         return plan(config, require_data=True)
     if config.train.threads is not None:
         torch.set_num_threads(config.train.threads)
-    if config.train.return_memory:
-        return_freed_memory()
     output = Path(config.train.output)
     with RunLock(output):
         return _train_locked(config, resolved, output, resume, allow_data_change)
@@ -124,41 +133,84 @@ def train(
 def _train_locked(
     config: RunConfig, resolved: Resolved | RunConfig, output: Path, resume: str | Path | None, allow_data_change: bool
 ) -> TrainResult:
-    """The story: data, order, checkpoint, model, adapter, loop, proof, report."""
+    """The story: checkpoint and rows, what is left to do, the run, the finish."""
     check_adapter_folder(output / "adapter")
     checkpoint = _find_checkpoint(output / "checkpoints", resume)
+    work = _lay_out(config)
+    if checkpoint is not None:
+        earlier = _nothing_to_do(output, checkpoint, work, allow_data_change)
+        if earlier is not None:
+            return earlier
+    model, result = _run(config, resolved, output, work, checkpoint)
+    return _finish(model, output, work.data, result, checkpoint)
+
+
+def _refuse_moved(run: Resolved) -> None:
+    """Refuse a run folder that was moved: its config.yaml names the old place, where the run would start anew."""
+    file, output = Path(run.origin["train.output"].rpartition(":")[0]), Path(run.config.train.output)
+    # What `_write_beginning` leaves; a configuration of one's own may be called config.yaml too.
+    is_run = file.name == "config.yaml" and file.with_name("environment.json").is_file()
+    if is_run and file.parent.resolve() != output.resolve():
+        raise ConfigError(
+            f"{file} says train.output: {output}, but the run stands in {file.parent}: it was moved or copied. "
+            f"Say where to go on: train.output={file.parent}."
+        )
+
+
+def _lay_out(config: RunConfig) -> _Work:
+    """The rows, their order, and what a checkpoint of this run must agree with."""
+    base = base_config(config.model)
     data = prepare(config)
-    _refuse_misfits(config, data)
-    padded = not _can_pack(config)
-    settings = config.train
+    _refuse_misfits(config, data, base)
+    padding = why_padded(config, base)
+    if padding is not None:
+        console.log(padding)
+    padded = padding is not None
     order = Order(
         data.train.lengths,
-        seed=settings.seed,
-        batch_tokens=settings.batch_tokens,
-        epochs=settings.epochs,
+        seed=config.train.seed,
+        batch_tokens=config.train.batch_tokens,
+        epochs=config.train.epochs,
         padded=padded,
-        max_steps=settings.max_steps,
+        max_steps=config.train.max_steps,
     )
-    options = make_method_options(config.method)
-    identity = _identity(config, data, padded)
-    if checkpoint is not None:
-        saved = {k: v for k, v in checkpoint.state["identity"].items() if k != "model"}
-        for warning in check_identity(saved, identity, allow_data_change=allow_data_change):
-            console.log(f"Resuming with a change: {warning}")
-        earlier = _saved_result(output)
-        if earlier is not None and is_finished(checkpoint, order.num_steps):
+    return _Work(data, order, padded, _identity(config, data, padded))
+
+
+def _nothing_to_do(output: Path, checkpoint: Checkpoint, work: _Work, allow_data_change: bool) -> TrainResult | None:
+    """The result of a run that had finished, or None where it goes on, with what changed said aloud.
+
+    CheckpointError for a checkpoint of another run.
+    """
+    saved = {section: values for section, values in checkpoint.state["identity"].items() if section != "model"}
+    for warning in check_identity(saved, work.identity, allow_data_change=allow_data_change):
+        console.log(f"Resuming with a change: {warning}")
+    earlier = _saved_result(output)
+    if earlier is not None and is_finished(checkpoint, work.order.num_steps):
+        fault = adapter_fault(output / "adapter")
+        if fault is None:
             console.log(f"Nothing to do: {output} finished at step {checkpoint.step}.")
             return replace(earlier, status="nothing to do", resumed_from_step=checkpoint.step)
-        console.log(f"Going on from {checkpoint.path}.")
-        later = [p for p in find_checkpoints(output / "checkpoints") if p.name > checkpoint.path.name]
-        if later:
-            console.log(f"{len(later)} later checkpoints make way for the new ones.")
-    console.log(f"{len(data.train):,} training samples, {order.num_steps:,} steps")
+        console.log(f"{fault} It is written again.")
+    console.log(f"Going on from {checkpoint.path}.")
+    later = [p for p in find_checkpoints(output / "checkpoints") if p.name > checkpoint.path.name]
+    if later:
+        console.log(f"{len(later)} later checkpoints make way for the new ones.")
+    return None
 
+
+def _run(
+    config: RunConfig, resolved: Resolved | RunConfig, output: Path, work: _Work, checkpoint: Checkpoint | None
+) -> tuple[PreTrainedModel, LoopResult]:
+    """Load, attach, train: the model with its last weights, and what the loop came to."""
+    settings, data = config.train, work.data
+    console.log(f"{len(data.train):,} training samples, {work.order.num_steps:,} steps")
+    options = make_method_options(config.method)
+    install_pool()
     model = load_model(
         config.model.base, dtype=config.model.dtype, device=config.model.device, revision=config.model.revision
     )
-    identity["model"] = {"fingerprint": base_fingerprint(model), "dtype": str(model.dtype)}
+    identity = {**work.identity, "model": {"fingerprint": base_fingerprint(model), "dtype": str(model.dtype)}}
     if checkpoint is not None:
         check_identity({"model": checkpoint.state["identity"]["model"]}, {"model": identity["model"]})
     loss_fn = make_loss(model)
@@ -171,15 +223,22 @@ def _train_locked(
         model,
         loss_fn,
         data.train,
-        order,
+        work.order,
         folder=output,
-        options=_loop_options(config, padded, data.pad_id),
+        options=_loop_options(config, work.padded, data.pad_id),
         evaluate=make_evaluation(
-            model, loss_fn, data.eval, settings.micro_batch_tokens or settings.batch_tokens, padded, data.pad_id
+            model, loss_fn, data.eval, settings.micro_batch_tokens or settings.batch_tokens, work.padded, data.pad_id
         ),
         resume=checkpoint,
         identity=identity,
     )
+    return model, result
+
+
+def _finish(
+    model: PreTrainedModel, output: Path, data: PreparedRun, result: LoopResult, checkpoint: Checkpoint | None
+) -> TrainResult:
+    """Save the best weights and prove them, then report; result.json comes last."""
     adapter_step = _take_best(model, output, result)
     num_trainable = sum(p.numel() for p in trainable_parameters(model).values())
     num_total = sum(p.numel() for p in model.parameters())
@@ -268,9 +327,9 @@ def _find_checkpoint(folder: Path, resume: str | Path | None) -> Checkpoint | No
     return checkpoint
 
 
-def _refuse_misfits(config: RunConfig, data: PreparedRun) -> None:
+def _refuse_misfits(config: RunConfig, data: PreparedRun, base: PretrainedConfig) -> None:
     """Refuse samples that the base has no positions or no tokens for, before its weights are read."""
-    base = load_model_config(config.model.base, revision=config.model.revision).get_text_config()
+    base = base.get_text_config()
     parts = [part for part in (data.train, data.eval) if part is not None]
     longest = max(int(part.lengths.max()) for part in parts)
     context = getattr(base, "max_position_embeddings", None)
@@ -287,19 +346,10 @@ def _refuse_misfits(config: RunConfig, data: PreparedRun) -> None:
         )
 
 
-def _can_pack(config: RunConfig) -> bool:
-    if not config.data.packing:
-        return False
-    reason = packing_support(load_model_config(config.model.base, revision=config.model.revision))
-    if reason is not None:
-        console.log(f"Padded batches instead of packed ones: this model cannot pack, {reason}.")
-    return reason is None
-
-
 def _identity(config: RunConfig, data: PreparedRun, padded: bool) -> dict[str, Any]:
     """What a checkpoint must agree with; `settings` may change, said aloud."""
     train = config.train.model_dump(
-        exclude={"output", "seed", "batch_tokens", "threads", "return_memory", "keep_checkpoints", "log_every"}
+        exclude={"output", "seed", "batch_tokens", "threads", "keep_checkpoints", "log_every"}
     )
     return {
         "method": config.method.model_dump(),
@@ -366,12 +416,8 @@ def _take_best(model: PreTrainedModel, output: Path, result: LoopResult) -> int:
     """Put the weights with the lowest evaluation loss into the model; the step that they are from."""
     if result.best_step is None or result.best_step == result.step:
         return result.step
-    best = checkpoint_path(output / "checkpoints", result.best_step)
-    if not best.is_dir():
-        # Resumed from a checkpoint of another folder, or from one older than what pruning went by.
-        console.log(f"Warning: {best}, the best by evaluation loss, is not there; the adapter has the last weights.")
-        return result.step
-    restore_parameters(trainable_parameters(model), read_checkpoint(best).tensors["trainable"])
+    best = read_checkpoint(checkpoint_path(output / "checkpoints", result.best_step))
+    restore_parameters(trainable_parameters(model), best.tensors["trainable"])
     return result.best_step
 
 

@@ -28,6 +28,7 @@ from lorica.data.tokenized import TokenizedDataset
 from lorica.errors import CheckpointError, DivergedError, DoesNotFitError, StoppedError
 from lorica.methods.attach import adapters, trainable_parameters
 from lorica.methods.method import Adapter
+from lorica.models.loss import LossFunction
 from lorica.training.checkpoint import (
     Checkpoint,
     checkpoint_path,
@@ -47,9 +48,6 @@ from lorica.training.signals import stop_requests
 
 MAX_SKIPS = 10
 """Steps skipped one after another before a run with on_nan=skip counts as diverged."""
-
-LossFunction = Callable[[Any, Mapping[str, Any], Tensor], Tensor]
-"""(model, model inputs, targets [B, T] on the CPU) -> the SUM of the token losses, a float32 scalar."""
 
 
 @dataclass(frozen=True)
@@ -243,11 +241,14 @@ def _begin(
         counters = _Counters()
     else:
         counters = _Counters(**resume.state["counters"])
-        if counters.best_step != resume.step and not _is_there(checkpoints, counters.best_step):
-            # Resumed into another folder: what was best there cannot be taken here.
-            counters.best_step = counters.best_loss = None
         restore_parameters(parameters, resume.tensors["trainable"])
         load_optimizer_tensors(optimizer, parameters, resume.tensors["optimizer"])
+        if not _is_there(checkpoints, resume.step):
+            # Another folder's: this one's run begins with it, since its weights may stay the best.
+            save_checkpoint(checkpoints, resume.step, resume.tensors, resume.state)
+        if not _is_there(checkpoints, counters.best_step):
+            # Best in that other folder, or pruned here since: it cannot be taken at the end.
+            counters.best_step = counters.best_loss = None
         # This run writes its own future; what an abandoned or damaged one left there would be taken for it.
         discard_after(checkpoints, resume.step)
         prune(checkpoints, options.keep_checkpoints, counters.best_step)

@@ -26,21 +26,31 @@ def make_optimizer(
     epsilon: float,
     weight_decay: float,
 ) -> torch.optim.AdamW:
-    """AdamW, fused where the device has it. Vectors (biases, norms, gates) are never decayed."""
+    """AdamW, fused where the device has it. Vectors (biases, norms, gates) are never decayed.
+
+    The moments exist from the start: made after the first step, as torch does it, they settle in the holes that its
+    activations left, and the next step's no longer fit there (0.3 GB of 3.5 in a model of 30 layers).
+    """
     groups = [
         {"params": [p for p in parameters.values() if p.ndim > 1], "weight_decay": weight_decay},
         {"params": [p for p in parameters.values() if p.ndim <= 1], "weight_decay": 0.0},
     ]
     fused = all(p.device.type in ("cpu", "cuda") for p in parameters.values())
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=betas, eps=epsilon, fused=fused)
+    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=betas, eps=epsilon, fused=fused)
+    for parameter in parameters.values():
+        optimizer.state[parameter] = {
+            "step": torch.zeros((), dtype=torch.float32, device=parameter.device if fused else "cpu"),
+            "exp_avg": torch.zeros_like(parameter),
+            "exp_avg_sq": torch.zeros_like(parameter),
+        }
+    return optimizer
 
 
 def optimizer_tensors(optimizer: torch.optim.AdamW, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-    """The optimizer's state, `<name>.exp_avg` and so on. A parameter that never had a gradient has none yet."""
+    """The optimizer's state, `<name>.exp_avg` and so on."""
     return {
         f"{name}.{moment}": optimizer.state[parameter][moment]
         for name, parameter in parameters.items()
-        if parameter in optimizer.state
         for moment in MOMENTS
     }
 

@@ -8,11 +8,10 @@ CPU's own kernels, its attention among them, so what is kept for backward is wha
 On a GPU that torch can see the rehearsal runs on fake CUDA tensors. torch cannot pretend a GPU that is not there; the
 CPU's accounting stands in then.
 
-Bytes alive are nearly what the process grows by, because large tensors leave it when they are freed (`memory.py`).
-Three numbers stand for the rest, set by repeated steps in 16 settings of four models (8 to 135 million parameters, one
-thread), which they predict within 10 %. The memory inside kernels is among them. It gives up the holes that other C
-libraries leave, and those that steps of changing row lengths leave in each other's heap: a real run of the smallest
-model in bfloat16 took up to a third more.
+What the process holds is more than what is alive, by holes between tensors. The step's births and deaths are replayed
+through the algorithm of the pool that they will live in (`heap.py`), twice, since the second step finds the first
+one's holes. Two numbers stand for the rest, set by repeated steps in 11 settings of four models (8 to 135 million
+parameters). It gives up the holes that steps of changing row lengths leave for each other.
 """
 
 from __future__ import annotations
@@ -35,24 +34,19 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from lorica.data.packing import ROUND_TO, Batch, pack, pad
 from lorica.data.tokenized import IGNORE, TokenizedDataset
+from lorica.kernels.linear import cpu_computes
 from lorica.methods.attach import adapt, trainable_parameters
 from lorica.methods.method import MethodOptions
-from lorica.models import attention
+from lorica.models.load import equip
 from lorica.models.loss import make_loss
-from lorica.training.memory import MAPPED_FROM_BYTES
+from lorica.training.heap import filled_bytes
 from lorica.training.optim import clip_gradients, make_optimizer
 
 RUNTIME_BYTES = 32 << 20
 """What the first steps bring in besides tensors, in float32: kernels, their scratch and caches, autograd's nodes."""
 
 RUNTIME_BYTES_16_BIT = 80 << 20
-"""The same for 16-bit bases, whose kernels are built for each shape: 64 MiB for one, 14 to 20 more for a second."""
-
-SMALL_TENSOR_FACTOR = 1.5
-"""Tensors under `MAPPED_FROM_BYTES` share the heap, and what is freed between them stays: so much for each byte alive.
-
-It matters to adapters: of a model of 30 layers they and their moments alone are 60 MB of tensors under 100 kB.
-"""
+"""The same where the CPU has 16-bit kernels, which are built for each shape: 64 MiB for one, 14 to 20 for a second."""
 
 aten = torch.ops.aten
 
@@ -139,7 +133,7 @@ class Rehearsal:
         optimizer: AdamW's moments.
         activations: kept by the forward pass for backward.
         workspace: all else: the loss's chunk, gradients of activations on their way, temporaries.
-        overhead: what the process holds beyond live tensors: the runtime, and holes between small tensors.
+        overhead: what the process holds beyond live tensors: the runtime, and holes between tensors.
         loading: most that loading holds, if the checkpoint's dtype is not the run's and both are there for a while.
         num_tokens: of the micro batch, without padding.
         work: what one micro batch does, forward and backward, and the optimizer after it.
@@ -234,7 +228,7 @@ def rehearse(
         optimizer=parts[2],
         activations=parts[4],
         workspace=parts[5],
-        overhead=_overhead_bytes([ledger.sizes[number] for number in peak], dtype, place),
+        overhead=_overhead_bytes(ledger, begin, sum(parts), dtype, place),
         loading=_loading_bytes(config, dtype, parts[1], place),
         num_parameters=sum(p.numel() for p in model.parameters()),
         num_trainable=sum(p.numel() for p in trained.values()),
@@ -256,12 +250,9 @@ def example_batch(lengths: Sequence[int], *, trained_fraction: float = 1.0, padd
 
 
 def _build(config: PretrainedConfig, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    attention.register()
     with device:
         model: PreTrainedModel = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
-    if model._can_set_attn_implementation():
-        model.set_attn_implementation(attention.NAME)
-    return model
+    return equip(model)
 
 
 def _disjoint(*groups: Iterable[int]) -> list[set[int]]:
@@ -274,10 +265,11 @@ def _disjoint(*groups: Iterable[int]) -> list[set[int]]:
     return result
 
 
-def _overhead_bytes(sizes: Sequence[int], dtype: torch.dtype, device: torch.device) -> int:
-    runtime = RUNTIME_BYTES if dtype == torch.float32 else RUNTIME_BYTES_16_BIT
-    small = sum(size for size in sizes if size < MAPPED_FROM_BYTES) if device.type == "cpu" else 0
-    return runtime + round((SMALL_TENSOR_FACTOR - 1) * small)
+def _overhead_bytes(ledger: Ledger, begin: int, live: int, dtype: torch.dtype, device: torch.device) -> int:
+    runtime = RUNTIME_BYTES_16_BIT if dtype.itemsize == 2 and cpu_computes(dtype) else RUNTIME_BYTES
+    if device.type != "cpu":
+        return runtime
+    return runtime + filled_bytes(ledger.sizes, ledger.events, begin, repeats=2) - live
 
 
 def _loading_bytes(config: PretrainedConfig, dtype: torch.dtype, weights: int, device: torch.device) -> int:

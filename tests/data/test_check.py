@@ -13,6 +13,7 @@ from lorica.data.check import check, overlap, preview
 from lorica.data.packing import pack
 from lorica.data.render import Prepared, Renderer, load_dataset
 from lorica.data.rows import Example, Message
+from lorica.recipes.console import jsonable
 
 from .templates import TEMPLATES, make_tokenizer
 
@@ -52,7 +53,7 @@ def test_the_report_counts_everything(tokenizer: Any, tmp_path: Path) -> None:
     assert report.num_trained_tokens == trained and report.trained_share == pytest.approx(trained / sum(lengths))
     assert sum(lengths) / 200 <= report.num_steps <= 22
     assert report.overlap is None
-    assert json.loads(json.dumps(report.to_json()))["num_samples"] == 22
+    assert json.loads(json.dumps(jsonable(report)))["num_samples"] == 22
 
 
 def test_overlap_of_train_and_eval_is_counted(tokenizer: Any, tmp_path: Path) -> None:
@@ -60,15 +61,15 @@ def test_overlap_of_train_and_eval_is_counted(tokenizer: Any, tmp_path: Path) ->
     evaluation = prepare(
         tokenizer,
         tmp_path / "dev.jsonl",
-        [pair(" q1 ", "a1\n"), pair("q2", "a3"), pair("q2", "other"), pair("q9", "a1")],
+        [pair("q2", "other"), pair(" q1 ", "a1\n"), pair("q2", "a3"), pair("q9", "a1")],
     )
     found = check(train, evaluation, batch_tokens=100).overlap
     assert found is not None
     assert (found.num_exact, found.num_prompts, found.num_eval) == (2, 3, 4)
     assert found.examples == (
-        ("dev.jsonl:1", "train.jsonl:1"),
-        ("dev.jsonl:2", "train.jsonl:3"),
-        ("dev.jsonl:3", "train.jsonl:2"),
+        ("dev.jsonl:2", "train.jsonl:1"),
+        ("dev.jsonl:3", "train.jsonl:3"),
+        ("dev.jsonl:1", "train.jsonl:2"),
     )
 
 

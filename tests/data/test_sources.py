@@ -168,6 +168,22 @@ def test_unknown_columns_name_what_was_found_and_what_is_wanted(tmp_path: Path) 
     assert all(name in text for name in FORMATS)
 
 
+@pytest.mark.parametrize(
+    ("format", "example"),
+    [
+        ("alpaca", "{instruction: alpha, output: beta}"),
+        ("messages", "{messages: alpha}"),
+        ("prompt_response", "{prompt: alpha, response: beta}"),
+        ("text", "{text: alpha}"),
+    ],
+)
+def test_the_example_has_the_columns_of_the_format_that_was_named(tmp_path: Path, format: str, example: str) -> None:
+    path = write_lines(tmp_path / "rows.jsonl", [{"alpha": "q", "beta": "a"}])
+    with pytest.raises(DataError) as error:
+        load_examples(path, format=format)
+    assert f"for example data.columns={example}." in str(error.value)
+
+
 def test_ambiguous_columns_are_refused(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "rows.jsonl", [{"question": "q", "query": "q2", "answer": "a"}])
     with pytest.raises(DataError, match=r"question, query.*data\.columns"):

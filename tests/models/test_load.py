@@ -94,7 +94,7 @@ def test_auto_is_the_checkpoints_dtype_where_the_cpu_computes_it(monkeypatch: py
     config = load_config("embedded")
     cpu = torch.device("cpu")
     for supported, want in ((True, torch.bfloat16), (False, torch.float32)):
-        monkeypatch.setattr("lorica.models.load._cpu_computes", lambda dtype, supported=supported: supported)
+        monkeypatch.setattr("lorica.models.load.cpu_computes", lambda dtype, supported=supported: supported)
         assert pick_dtype("auto", config, cpu) is want and pick_dtype(None, config, cpu) is want
     assert pick_dtype("float16", config, cpu) is torch.float16
     with pytest.raises(ModelError, match="int4"):

@@ -5,18 +5,20 @@ from __future__ import annotations
 import io
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from lorica.cli import main
-from lorica.config import load_config
+from lorica.config import RunConfig, dump_yaml, load_config
 from lorica.data.render import Renderer
 from lorica.data.sources import load_examples
 from lorica.errors import DataError
 from lorica.models.load import load_tokenizer
 from lorica.recipes.data import check, configuration, preview
+from lorica.recipes.train import train
 
 CONVERSATION = {
     "messages": [
@@ -122,6 +124,23 @@ def test_a_bare_file_gets_the_defaults() -> None:
     )
     assert config.train == load_config(None, ["model.base=embedded", "data.train=x"]).config.train
     assert configuration("x.jsonl", ["model.base=./other"]).model.base == "./other"
+
+
+def test_steps_are_counted_as_train_takes_them(
+    make_config: Callable[..., RunConfig], save_base: Callable[[Any], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Padded where the base cannot pack."""
+    from transformers import StableLmConfig
+
+    shape = {"num_attention_heads": 4, "num_key_value_heads": 4, "vocab_size": 8192}
+    base = save_base(StableLmConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=2, **shape))
+    rows = write("rows.jsonl", *({"prompt": "x", "response": "word " * (1 + 30 * (i % 3 == 0))} for i in range(60)))
+    config = make_config("run", base=base, data={"train": rows, "eval": None}, epochs=1.0)
+    Path("run.yaml").write_text(dump_yaml(config))
+    padded = check("run.yaml").train.num_steps
+    assert "Batches are padded, because this model cannot pack" in capsys.readouterr().err
+    assert check("run.yaml", ["model.base=embedded"]).train.num_steps < padded
+    assert train(config).steps == padded
 
 
 @pytest.mark.parametrize("loss_on", ["response", "assistant", "all"])

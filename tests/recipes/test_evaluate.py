@@ -15,6 +15,7 @@ from lorica.assets.handbook import write_handbook
 from lorica.config import DataConfig, EvalConfig, ModelConfig, RunConfig, TrainConfig, dump_yaml
 from lorica.errors import AdapterError, ConfigError, DataError
 from lorica.evaluate import text_metrics
+from lorica.recipes import evaluate as recipe
 from lorica.recipes.evaluate import evaluate
 from lorica.recipes.opening import find_source, open_model
 
@@ -120,6 +121,33 @@ def test_less_can_be_asked_for(run: Path) -> None:
     assert {sample.task for sample in report.samples} == {"facts", "records"}
 
 
+def test_rows_without_room_for_an_answer_are_named_and_the_rest_is_scored(
+    run: Path,
+    opened: tuple[Any, Any, list[dict[str, Any]]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The context is 2048: after the longest prompts it has one token less than is asked for."""
+    _, tokenizer, rows = opened
+    lengths = [len(tokenizer(prompt_text(row)).input_ids) for row in rows]
+    longest = max(lengths)
+    left = {f"held_out.jsonl:{index + 1}": row["task"] for index, row in enumerate(rows) if lengths[index] == longest}
+    # Nobody waits for two thousand tokens.
+    monkeypatch.setattr(recipe, "generate_ids", lambda model, tokenizer, prompts, **_: prompts)
+    report = evaluate(run, [f"eval.max_new_tokens={2048 - longest + 1}"])
+    assert [(row.origin, row.num_prompt_tokens) for row in report.unanswered] == [(origin, longest) for origin in left]
+    assert (report.all.num_samples, report.all.num_generated) == (12, 12 - len(left))
+    assert {task: part.num_unanswered for task, part in report.tasks.items()} == {
+        task: list(left.values()).count(task) for task in ("facts", "records")
+    }
+    assert {sample.origin for sample in report.samples} == {f"held_out.jsonl:{n}" for n in range(1, 13)} - left.keys()
+    out = capsys.readouterr().out
+    assert "unanswered" in out and f"{len(left)} of the rows, the longest prompt of {longest} tokens" in out
+    assert all(f"{origin} ({longest} tokens)" in out for origin in left)
+    written = json.loads((run / "evaluation.json").read_text(encoding="utf-8"))
+    assert written["all"]["num_unanswered"] == len(left) == len(written["unanswered"])
+
+
 def test_other_rows(run: Path) -> None:
     records = run / "data" / "records_eval.jsonl"
     report = evaluate(run, data=str(records), base=False, generate=False)
@@ -170,6 +198,7 @@ def test_sources(run: Path, base: Path, tmp_path: Path) -> None:
     (alone / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
     with pytest.raises(AdapterError, match="base_model_name_or_path is None"):
         find_source(alone)
+    assert find_source(alone, [f"model.base={base}"]).model.base == str(base)
 
 
 def test_an_opened_adapter_differs_from_its_base(run: Path, opened: tuple[Any, Any, list[dict[str, Any]]]) -> None:

@@ -32,7 +32,7 @@ def opened() -> tuple[Any, Any, Any]:
 
 @pytest.fixture(autouse=True)
 def _open_once(opened: tuple[Any, Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recipe, "open_model", lambda run_or_base, base_only=False: opened)
+    monkeypatch.setattr(recipe, "open_model", lambda *_, **__: opened)
 
 
 def by_hand(opened: tuple[Any, Any, Any], text: str, num: int) -> str:
@@ -108,12 +108,36 @@ def test_bad_prompts_are_all_named(tmp_path: Path) -> None:
 def test_a_prompt_that_is_too_long_is_named(tmp_path: Path) -> None:
     file = tmp_path / "prompts.txt"
     file.write_text("short\n" + "long " * 2100, encoding="utf-8")
-    with pytest.raises(DataError, match=r"prompts.txt:2 has \d+ tokens. Shorten"):
+    with pytest.raises(DataError, match=r"prompts.txt:2 has \d+ tokens. Shorten the prompt\.$"):
         generate("embedded", input=file)
+
+
+def test_the_usual_length_shrinks_to_what_fits_and_an_asked_one_does_not(
+    opened: tuple[Any, Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The context is 2048; a short prompt beside a long one gets what it gets alone."""
+    monkeypatch.setattr(recipe, "MAX_NEW_TOKENS", 20)
+    long, short = "long " * 2020, "Who lives in the forest?"
+    prompts = [TURN.format("user", text.strip()) + ASK for text in (long, short)]
+    left = 2048 - len(opened[1](prompts[0]).input_ids)
+    assert 0 < left < 20
+    file = tmp_path / "prompts.txt"
+    file.write_text(f"{long}\n{short}", encoding="utf-8")
+    answers = generate("embedded", input=file)
+    expected = [by_hand(opened, prompt, room) for prompt, room in zip(prompts, (left, 20), strict=True)]
+    assert [answer.response for answer in answers] == expected
+    assert f"leaves 1 of 2 answers less room than the usual 20 tokens, the shortest {left}." in capsys.readouterr().err
+    with pytest.raises(
+        DataError, match=r"room for 20 more in .* prompts.txt:1 has \d+ tokens. Shorten .* or lower max"
+    ):
+        generate("embedded", input=file, max_new_tokens=20)
 
 
 def test_no_prompt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stdin", Terminal())
+    with pytest.raises(ConfigError, match="no prompt"):
+        generate("embedded")
+    monkeypatch.setattr("sys.stdin", None)
     with pytest.raises(ConfigError, match="no prompt"):
         generate("embedded")
     with pytest.raises(ConfigError, match="not both"):
@@ -170,7 +194,8 @@ def test_an_answer_can_be_cut_short(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     monkeypatch.setattr(recipe, "stream", interrupted)
     typed(monkeypatch, "Hello", "/exit")
     assert chat("embedded", max_new_tokens=50) == []
-    assert "cut short" in capsys.readouterr().err
+    out, err = capsys.readouterr()
+    assert "cut short" in err and out.endswith("\n")
 
 
 def test_a_full_context_drops_the_oldest_turns(
@@ -184,3 +209,10 @@ def test_a_full_context_drops_the_oldest_turns(
     notes = capsys.readouterr().err
     assert "the oldest 2 turns are forgotten" in notes
     assert "more than the model's context of 60" in notes
+
+
+def test_a_long_message_gets_a_shorter_answer(opened: tuple[Any, Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    text = TURN.format("user", ("two " * 12).strip()) + ASK
+    monkeypatch.setattr(recipe, "context_length", lambda model: len(opened[1](text).input_ids) + 3)
+    typed(monkeypatch, "one " * 8, "two " * 12, "/exit")
+    assert chat("embedded")[1].response == by_hand(opened, text, 3)

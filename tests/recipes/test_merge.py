@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -38,9 +39,10 @@ def test_transformers_loads_what_was_merged(finished: Path, tmp_path: Path) -> N
         tmp_path / "merged", local_files_only=True, attn_implementation="eager"
     )
     difference = float((logits(plain) - logits(adapted)).abs().max())
-    assert difference < 1e-4 and result.max_difference < 1e-4
+    found = result.agreement
+    assert difference < 1e-4 and found.max_difference < 1e-4
     assert float((logits(adapted) - logits(open_model(finished, base_only=True)[0])).abs().max()) > 0.1
-    assert (result.top1, result.num_tokens) == (1.0, 128) and abs(result.kl) < 1e-6
+    assert (found.top1, found.num_tokens) == (1.0, 128) and abs(found.kl) < 1e-6
     assert type(plain).__name__ == "LlamaForCausalLM"
     assert not [name for name, _ in plain.named_modules() if "lora" in name or "base" in name]
     # The pair is no pair any more, and whoever loads the folder must not tie it again.
@@ -122,9 +124,9 @@ def test_a_16_bit_base_stays_one(finished: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(finished, run)
     (run / "config.yaml").write_text(dump_yaml(load_config(run, ["model.dtype=bfloat16"]).config))
-    result = merge(run, tmp_path / "merged")
+    found = merge(run, tmp_path / "merged").agreement
     assert {t.dtype for t in load_file(tmp_path / "merged" / "model.safetensors").values()} == {torch.bfloat16}
-    assert 0 < result.max_difference < 0.06 * result.largest_logit and result.kept > 0.9
+    assert 0 < found.max_difference < 0.06 * found.largest_logit and found.kept > 0.9
 
 
 def test_what_does_not_agree_is_not_merged(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,6 +202,32 @@ def test_nothing_is_overwritten(finished: Path, tmp_path: Path, kind: str) -> No
         merge(finished, output)
     assert caught.value.exit_code == 2
     assert (output if kind == "file" else output / "mine.txt").read_text() == "mine"
+
+
+def test_an_output_that_cannot_be_created_is_refused_first(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise AssertionError("the model was opened")
+
+    monkeypatch.setattr(recipe, "open_model", refuse)
+    (tmp_path / "file").write_text("mine")
+    long, new = tmp_path / ("x" * 300), tmp_path / "new"
+    for output, reason in (
+        (tmp_path / "file" / "deep", f"{tmp_path / 'file'}: Not a directory"),
+        (long, "File name too"),
+    ):
+        with pytest.raises(ConfigError, match=rf"{output} cannot be created: .*{reason}.*\. Choose another --output\."):
+            merge(finished, output)
+
+    def forbidden(*_: object, **__: object) -> str:
+        raise PermissionError(13, "Permission denied")
+
+    # The tests may run as root, which may write anywhere.
+    monkeypatch.setattr(tempfile, "mkdtemp", forbidden)
+    with pytest.raises(ConfigError, match=rf"{new} cannot be created: {tmp_path}: Permission denied\. Choose"):
+        merge(finished, new)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_an_empty_folder_may_be_the_output(finished: Path, tmp_path: Path) -> None:

@@ -449,16 +449,33 @@ def test_without_one_whole_checkpoint_nothing_is_started_anew(
         lorica.train(config, resume="auto")
 
 
-def test_the_best_checkpoint_is_gone(
-    stopped: tuple[RunConfig, Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+def test_a_fork_at_the_best_step_keeps_the_best_weights(
+    stopped: tuple[RunConfig, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Resumed into another folder, the best evaluation may be one whose weights are not there: said, not silent."""
+    """Resumed into another folder, the checkpoint that it goes on from comes along: its weights may stay the best."""
     _, folder = stopped
-    config = load_config(folder, [f"train.output={tmp_path / 'fork'}"]).config
+    source = read_checkpoint(folder / "checkpoints" / "step-00000008")
+    assert source.state["counters"]["best_step"] == 8
+    fork = tmp_path / "fork"
+    config = load_config(folder, [f"train.output={fork}", "train.keep_checkpoints=1"]).config
     monkeypatch.setattr(recipe, "make_evaluation", lambda *_: lambda: {"loss": 99.0, "perplexity": 1.0})
-    result = lorica.train(config, resume=folder / "checkpoints" / "step-00000008")
-    assert result.adapter_step == NUM_STEPS
-    assert "step-00000008, the best by evaluation loss, is not there" in capsys.readouterr().err
+    result = lorica.train(config, resume=source.path)
+    assert (result.adapter_step, result.eval_loss) == (8, source.state["counters"]["best_loss"])
+    assert steps(fork) == [8, NUM_STEPS]
+    adapter = load_file(fork / "adapter" / "adapter_model.safetensors")
+    name = "model.layers.0.self_attn.q_proj"
+    assert torch.equal(adapter[f"base_model.model.{name}.lora_B.weight"], source.tensors["trainable"][f"{name}.lora_b"])
+
+
+def test_a_fork_beyond_the_best_step_has_a_best_of_its_own(
+    make_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses = iter([1.0, 2.0, 3.0, 5.0, 4.0, 6.0, 5.0, 4.0, 6.0])
+    monkeypatch.setattr(recipe, "make_evaluation", lambda *_: lambda: {"loss": next(losses), "perplexity": 1.0})
+    lorica.train(make_config(tmp_path / "run", keep_checkpoints=99))
+    later = checkpoints.checkpoint_path(tmp_path / "run" / "checkpoints", 12)
+    result = lorica.train(make_config(tmp_path / "fork"), resume=later)
+    assert (result.adapter_step, result.eval_loss) == (20, 4.0)
 
 
 def test_checkpoints_of_two_runs_never_share_a_folder(stopped: tuple[RunConfig, Path], tmp_path: Path) -> None:
@@ -553,6 +570,31 @@ def test_a_result_of_another_version_is_made_again(tmp_path: Path, finished: Pat
     (tmp_path / "run" / "result.json").write_text('{"status": "finished"}')
     result = lorica.train(config, resume="auto")
     assert (result.status, result.resumed_from_step) == ("finished", NUM_STEPS)
+    same_run(tmp_path / "run", finished)
+
+
+def test_a_moved_run_does_not_start_anew_in_its_old_place(finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished, tmp_path / "moved")
+    with pytest.raises(
+        ConfigError, match=rf"it was moved or copied\. Say where .* train\.output={tmp_path / 'moved'}\."
+    ):
+        lorica.train(tmp_path / "moved", resume="auto")
+    here = [str(tmp_path / "moved"), f"train.output={tmp_path / 'moved'}", "--resume", "auto"]
+    assert main(["train", *here]) == 0
+    # A configuration of one's own may have any name.
+    (tmp_path / "config.yaml").write_text((finished / "config.yaml").read_text())
+    assert lorica.train(tmp_path / "config.yaml", resume="auto").status == "nothing to do"
+
+
+def test_a_finished_run_writes_a_cut_off_adapter_again(
+    tmp_path: Path, finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(finished, tmp_path / "run")
+    config = load_config(finished, [f"train.output={tmp_path / 'run'}"]).config
+    weights = tmp_path / "run" / "adapter" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    assert lorica.train(config, resume="auto").status == "finished"
+    assert f"{weights} is damaged or cut off" in capsys.readouterr().err
     same_run(tmp_path / "run", finished)
 
 
@@ -739,7 +781,7 @@ def test_data_that_cannot_be_trained_on(
     with pytest.raises(DataError, match=says) as caught:
         lorica.train(make_config(tmp_path / "run", data={"train": str(file), **changes}))
     assert caught.value.exit_code == 3
-    assert [path.name for path in (tmp_path / "run").iterdir()] == ["lock"]
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
 
 
 def test_rows_in_both_sets_are_counted(make_config: Config, rows: Path, tmp_path: Path, capsys: Any) -> None:
@@ -856,7 +898,7 @@ def test_a_base_that_cannot_pack_trains_padded(
     )
     config = make_config(tmp_path / "run", base=base)
     lorica.train(config)
-    assert "Padded batches instead of packed ones: this model cannot pack" in capsys.readouterr().err
+    assert "Batches are padded, because this model cannot pack: " in capsys.readouterr().err
     lorica.train(make_config(tmp_path / "by hand", base=base, data={"packing": False}))
     same_run(tmp_path / "by hand", tmp_path / "run")
     again = make_config(tmp_path / "again", base=base)

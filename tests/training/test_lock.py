@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import fcntl
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -38,6 +40,41 @@ def test_the_lock_is_given_back_after_an_error(tmp_path: Path) -> None:
         raise KeyError
     with RunLock(tmp_path):
         pass
+
+
+def test_what_the_lock_created_goes_if_nothing_came_of_it(tmp_path: Path) -> None:
+    with RunLock(tmp_path / "runs" / "first"):
+        assert (tmp_path / "runs" / "first" / "lock").exists()
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "runs").mkdir()
+    with pytest.raises(KeyError), RunLock(tmp_path / "runs" / "first"):
+        raise KeyError
+    assert [path.name for path in tmp_path.rglob("*")] == ["runs"]
+    with RunLock(tmp_path / "runs"):
+        (tmp_path / "runs" / "metrics.jsonl").touch()
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["lock", "metrics.jsonl"]
+
+
+def test_a_lock_whose_file_is_removed_while_it_is_taken_is_taken_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its holder has left, and taken the folder along, between the opening of the file and its locking."""
+    lock_file, calls = fcntl.flock, []
+
+    def flock(descriptor: int, how: int) -> None:
+        calls.append(descriptor)
+        if len(calls) == 1:
+            shutil.rmtree(tmp_path / "run")
+        lock_file(descriptor, how)
+
+    def second() -> None:
+        with pytest.raises(RunLockedError), RunLock(tmp_path / "run"):
+            pass
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with RunLock(tmp_path / "run"):
+        assert len(calls) == 2 and in_child(second) == 0
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:

@@ -216,6 +216,15 @@ def test_resuming_from_an_early_checkpoint_writes_its_own_future(train: Train, t
     assert steps == list(range(1, len(steps) + 1))
 
 
+def test_a_run_that_goes_on_in_another_folder_begins_with_its_checkpoint(train: Train, tmp_path: Path) -> None:
+    """Its weights are the best so far, and may stay so."""
+    train(evaluate=falling(iter([3.0, 1.0, *[2.0] * 9])), keep_checkpoints=9)
+    best = read_checkpoint(tmp_path / "run" / "checkpoints" / "step-00000006")
+    _, result = train(folder=tmp_path / "fork", resume=best, evaluate=falling(iter([2.0] * 9)), keep_checkpoints=1)
+    assert (result.best_step, result.best_loss) == (6, 1.0)
+    same_run(read_checkpoint(tmp_path / "fork" / "checkpoints" / "step-00000006"), best)
+
+
 def test_a_finished_run_has_nothing_to_do(train: Train, tmp_path: Path) -> None:
     """Reliability case 11."""
 

@@ -13,12 +13,12 @@ from transformers import LlamaConfig
 
 from lorica.data.packing import ROUND_TO
 from lorica.errors import TargetError
+from lorica.kernels.linear import cpu_computes
 from lorica.methods.attach import adapt, trainable_parameters
 from lorica.methods.lora import LoRA
 from lorica.training.rehearsal import (
     RUNTIME_BYTES,
     RUNTIME_BYTES_16_BIT,
-    SMALL_TENSOR_FACTOR,
     Ledger,
     Rehearsal,
     example_batch,
@@ -53,9 +53,9 @@ def test_parts_in_closed_form(
     # AdamW counts its steps in one float32 a tensor.
     assert found.optimizer == 8 * num_trained + 4 * len(trained)
     assert found.num_tokens == 39
-    runtime = RUNTIME_BYTES if dtype == torch.float32 else RUNTIME_BYTES_16_BIT
-    # Every tensor of a model this small is small.
-    assert found.overhead == runtime + round((SMALL_TENSOR_FACTOR - 1) * found.live_bytes)
+    runtime = RUNTIME_BYTES_16_BIT if dtype == torch.bfloat16 and cpu_computes(dtype) else RUNTIME_BYTES
+    # The rest is holes, and each of some thousand small tensors is rounded up to 64 bytes.
+    assert 0 <= found.overhead - runtime < 0.35 * found.live_bytes
     assert found.peak_bytes == found.live_bytes + found.overhead
 
 

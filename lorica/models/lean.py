@@ -1,0 +1,188 @@
+"""Layers that keep less for backward: RMS normalisation and gated MLPs.
+
+Written as plain operations, the normalisation of a bfloat16 Llama keeps a float32 copy of its input and its output, and
+the MLP keeps four tensors of its inner size: gate, act(gate), up and their product. From the input and one number a
+token, or from gate and up alone, backward has all of it again for a few elementwise operations. On a Llama shape of 135
+million parameters that is a third of all activations.
+
+Which modules these replace is not guessed from a name: a class is taken for one of them if, on a small example, its own
+`forward` computes what ours computes. The new modules hold the old ones' parameters and submodules under the same
+names, so checkpoints, targets and merging see no difference.
+
+What it gives up: second derivatives, and hooks on the modules that are replaced.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+
+class RMSNorm(nn.Module):
+    """weight * x / sqrt(mean(x^2) + eps) over the last dimension (arXiv 1910.07467), the quotient in float32.
+
+    Shapes: x [..., E], weight [E].
+    """
+
+    def __init__(self, weight: nn.Parameter, eps: float) -> None:
+        super().__init__()
+        self.weight = weight
+        self.eps = eps
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        result: Tensor = _RMSNorm.apply(hidden_states, self.weight, self.eps)  # type: ignore[no-untyped-call]
+        return result
+
+    def extra_repr(self) -> str:
+        return f"{tuple(self.weight.shape)}, eps={self.eps}"
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        wide = x.to(torch.float32, copy=True)
+        scale = wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, scale)
+        return weight * wide.mul_(scale).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x, weight, scale = ctx.saved_tensors
+        normed = x.to(torch.float32, copy=True).mul_(scale)
+        grad_x = grad_weight = None
+        if ctx.needs_input_grad[1]:
+            grad_weight = (grads[0] * normed).flatten(0, -2).sum(0).to(weight.dtype)
+        if ctx.needs_input_grad[0]:
+            inner = (grads[0] * weight).float()
+            along = (inner * normed).mean(-1, keepdim=True)
+            grad_x = inner.sub_(normed.mul_(along)).mul_(scale).to(x.dtype)
+        return grad_x, grad_weight, None
+
+
+class GatedMLP(nn.Module):
+    """down(act(gate(x)) * up(x)) (arXiv 2002.05202): keeps gate and up, and makes their product again in backward.
+
+    The product would be kept by whatever stands at `down_proj`, an adapter above all; it never knows the difference.
+    """
+
+    def __init__(self, gate_proj: nn.Module, up_proj: nn.Module, down_proj: nn.Module, act_fn: nn.Module) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj, self.act_fn = gate_proj, up_proj, down_proj, act_fn
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        product: Tensor = _Gated.apply(gate, up, self.act_fn)  # type: ignore[no-untyped-call]
+        with _made_again(product, partial(_gated, gate.detach(), up.detach(), self.act_fn)):
+            out: Tensor = self.down_proj(product)
+        return out
+
+
+def _gated(gate: Tensor, up: Tensor, act: nn.Module) -> Tensor:
+    with torch.no_grad():
+        result: Tensor = act(gate)
+        # Never in place on the gate itself: an activation may be the identity.
+        return result * up if result is gate else result.mul_(up)
+
+
+class _Gated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor, act: nn.Module) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        ctx.act = act
+        return _gated(gate, up, act)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        gate, up = ctx.saved_tensors
+        with torch.enable_grad():
+            gate = gate.detach().requires_grad_()
+            active = ctx.act(gate)
+        (grad_gate,) = torch.autograd.grad(active, gate, grads[0] * up)
+        return grad_gate, active.detach() * grads[0], None
+
+
+@contextmanager
+def _made_again(tensor: Tensor, make: Callable[[], Tensor]) -> Iterator[None]:
+    """Operations inside keep `make` for backward instead of `tensor`, and instead of views of the whole of it."""
+    storage = tensor.untyped_storage()._cdata
+
+    def pack(kept: Tensor) -> Tensor | torch.Size:
+        whole = kept.untyped_storage()._cdata == storage and kept.is_contiguous() and kept.numel() == tensor_numel
+        return kept.shape if whole else kept
+
+    def unpack(kept: Tensor | torch.Size) -> Tensor:
+        return make().view(kept) if isinstance(kept, torch.Size) else kept
+
+    tensor_numel = tensor.numel()
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        yield
+
+
+def use_lean_layers(model: nn.Module) -> None:
+    """Replace, in place, every normalisation and gated MLP of `model` that the layers of this file compute as well."""
+    for name, module in list(model.named_modules()):
+        replacement = _replacement(module)
+        if replacement is not None and name:
+            parent, _, child = name.rpartition(".")
+            replacement.train(module.training)
+            setattr(model.get_submodule(parent), child, replacement)
+
+
+def _replacement(module: nn.Module) -> nn.Module | None:
+    children, parameters = dict(module.named_children()), dict(module.named_parameters(recurse=False))
+    # mypy takes a class for no Hashable where its instances define a hash of their own.
+    if not children and set(parameters) == {"weight"} and _is_rms_norm(type(module)):  # type: ignore[arg-type]
+        return RMSNorm(parameters["weight"], _eps(module))
+    gated = set(children) == {"gate_proj", "up_proj", "down_proj", "act_fn"} and not parameters
+    return GatedMLP(**children) if gated and _is_gated(type(module)) else None  # type: ignore[arg-type]
+
+
+_EPS_NAMES = ("variance_epsilon", "eps")
+
+
+def _eps(module: nn.Module) -> float:
+    return float(next(vars(module)[name] for name in _EPS_NAMES if name in vars(module)))
+
+
+@cache
+def _is_rms_norm(kind: type[nn.Module]) -> bool:
+    with _real_tensors():
+        weight = nn.Parameter(torch.tensor([0.5, -1.0, 2.0, 1.5]))
+        return _computes(kind, RMSNorm(weight, 0.25), weight=weight, **dict.fromkeys(_EPS_NAMES, 0.25))
+
+
+@cache
+def _is_gated(kind: type[nn.Module]) -> bool:
+    with _real_tensors():
+        parts: dict[str, nn.Module] = {
+            "gate_proj": nn.Linear(4, 6), "up_proj": nn.Linear(4, 6), "down_proj": nn.Linear(6, 4), "act_fn": nn.SiLU()
+        }  # fmt: skip
+        return _computes(kind, GatedMLP(**parts), **parts)
+
+
+@contextmanager
+def _real_tensors() -> Iterator[None]:
+    """Small real tensors on the CPU, also in a rehearsal on fake ones; the random state is left as it was."""
+    with unset_fake_temporarily(), torch.device("cpu"), torch.random.fork_rng(devices=[]), torch.no_grad():
+        yield
+
+
+def _computes(kind: type[nn.Module], ours: nn.Module, **attributes: Any) -> bool:
+    """Whether an instance of `kind` with these attributes, and no others, computes what `ours` computes."""
+    theirs = kind.__new__(kind)
+    nn.Module.__init__(theirs)
+    for name, value in attributes.items():
+        setattr(theirs, name, value)
+    x = torch.linspace(-2, 3, 12).view(3, 4)
+    try:
+        got = theirs(x)
+    except Exception:
+        # It needs more than these attributes, so it is something else.
+        return False
+    return torch.is_tensor(got) and torch.allclose(got, ours(x), rtol=1e-6, atol=1e-6)

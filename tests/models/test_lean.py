@@ -1,0 +1,118 @@
+"""Layers that keep less for backward: equal to transformers' own, to float64, and smaller."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, GemmaConfig, LlamaConfig, Qwen3Config
+from transformers.models.gemma.modeling_gemma import GemmaMLP, GemmaRMSNorm
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
+
+import lorica
+from lorica.models.lean import GatedMLP, RMSNorm, use_lean_layers
+
+SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+         "num_key_value_heads": 2, "vocab_size": 50, "head_dim": 8}  # fmt: skip
+
+
+class Doubled(LlamaRMSNorm):
+    """Looks like a normalisation and is another function."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(hidden_states)
+
+
+def lean(module: nn.Module) -> nn.Module:
+    holder = nn.ModuleDict({"it": module})
+    use_lean_layers(holder)
+    return holder["it"]
+
+
+@pytest.mark.parametrize("kind", [LlamaRMSNorm, Qwen3RMSNorm])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_normalisation_equals_transformers_bit_for_bit(kind: type[nn.Module], dtype: torch.dtype) -> None:
+    theirs = kind(16, eps=1e-3).to(dtype)
+    nn.init.normal_(theirs.weight)
+    x = torch.randn(2, 5, 16).to(dtype)
+    ours = lean(theirs)
+    assert type(ours) is RMSNorm and ours.weight is theirs.weight
+    assert torch.equal(ours(x), theirs(x))
+
+
+@pytest.mark.parametrize("trains_weight", [False, True])
+def test_gradients_of_the_normalisation_equal_float64(trains_weight: bool) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(3, 5, 16, requires_grad=True)
+    ours = RMSNorm(nn.Parameter(torch.randn(16), requires_grad=trains_weight), 1e-3)
+    grad = torch.randn(3, 5, 16)
+    ours(x).backward(grad)
+    x64, w64 = x.detach().double().requires_grad_(), ours.weight.detach().double().requires_grad_()
+    (w64 * x64 / (x64.square().mean(-1, keepdim=True) + 1e-3).sqrt()).backward(grad.double())
+    torch.testing.assert_close(x.grad.double(), x64.grad, rtol=1e-5, atol=1e-5)
+    assert (ours.weight.grad is None) == (not trains_weight)
+    if trains_weight:
+        torch.testing.assert_close(ours.weight.grad.double(), w64.grad, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [LlamaMLP, GemmaMLP])
+def test_the_gated_mlp_equals_the_model_it_comes_from(kind: type[nn.Module]) -> None:
+    torch.manual_seed(0)
+    config = LlamaConfig(**SIZES) if kind is LlamaMLP else GemmaConfig(**SIZES, hidden_act="gelu_pytorch_tanh")
+    theirs = kind(config)
+    ours = lean(copy.deepcopy(theirs))
+    assert type(ours) is GatedMLP
+    grad = torch.randn(2, 5, 32)
+    x, y = (torch.linspace(-2, 2, 320).view(2, 5, 32).requires_grad_() for _ in range(2))
+    out, want = ours(x), theirs(y)
+    assert torch.equal(out, want)
+    out.backward(grad)
+    want.backward(grad)
+    torch.testing.assert_close(x.grad, y.grad, rtol=1e-5, atol=1e-6)
+    for mine, its in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, its.grad, rtol=1e-5, atol=1e-6)
+
+
+def test_what_computes_something_else_stays() -> None:
+    for module in (Doubled(8), GemmaRMSNorm(8), nn.LayerNorm(8), nn.Linear(8, 8), nn.Embedding(8, 8), nn.RMSNorm(8)):
+        assert lean(module) is module
+
+
+@pytest.mark.parametrize("config", [LlamaConfig(**SIZES), Qwen3Config(**SIZES)], ids=["llama", "qwen3"])
+def test_an_adapted_model_has_the_same_loss_and_gradients(config: LlamaConfig) -> None:
+    torch.manual_seed(0)
+    plain = AutoModelForCausalLM.from_config(config)
+    lorica.adapt(plain, lorica.LoRA(rank=4))
+    for adapter in lorica.adapters(plain).values():
+        nn.init.normal_(adapter.lora_b, std=0.1)
+    ours = copy.deepcopy(plain)
+    use_lean_layers(ours)
+    assert list(ours.state_dict()) == list(plain.state_dict())
+    ids = torch.randint(0, 50, (2, 9))
+    for model in (plain, ours):
+        model.train()(input_ids=ids, labels=ids).loss.backward()
+    for (name, mine), (_, theirs) in zip(
+        lorica.trainable_parameters(ours).items(), lorica.trainable_parameters(plain).items(), strict=True
+    ):
+        torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_an_mlp_keeps_gate_and_up_and_no_product_of_them() -> None:
+    mlp = LlamaMLP(LlamaConfig(**SIZES)).requires_grad_(False)
+    holder = lorica.adapt(nn.ModuleDict({"mlp": mlp}), lorica.LoRA(rank=2))
+    kept = {}
+    for name in ("plain", "lean"):
+        if name == "lean":
+            use_lean_layers(holder)
+        storages: dict[int, torch.Tensor] = {}
+
+        def pack(tensor: torch.Tensor, seen: dict[int, torch.Tensor] = storages) -> torch.Tensor:
+            return seen.setdefault(tensor.untyped_storage()._cdata, tensor)
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            holder["mlp"](torch.randn(7, 32, requires_grad=True)).sum()
+        kept[name] = sum(tensor.numel() == 7 * 48 for tensor in storages.values())
+    assert kept == {"plain": 4, "lean": 2}
