@@ -105,9 +105,7 @@ def plan(
     if setting.device.type != rehearsal.device:
         assumptions.append(f"There is no {setting.device.type} device here; the CPU's accounting stands in.")
     if rehearsal.device == "cpu" and not has_pool():
-        assumptions.append(
-            "The pool for tensors cannot be built here: the peak may be half as much again."
-        )
+        assumptions.append("The pool for tensors cannot be built here: the peak may be half as much again.")
     held, memory_bytes = _memory(setting.device, process_bytes, memory_bytes)
     room = None if memory_bytes is None else memory_bytes - held
     fits = room is None or rehearsal.peak_bytes <= room
