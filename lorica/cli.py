@@ -243,6 +243,43 @@ def train(
     _finish(json, lambda: train(run, resume=resume, dry_run=dry_run, allow_data_change=allow_data_change))
 
 
+@app.command(epilog="Example: lorica sweep run.yaml train.lr=1e-4,3e-4,1e-3 method.rank=8,16")
+def sweep(
+    config: Config,
+    axes: Annotated[
+        list[str],
+        typer.Argument(metavar="KEY=VALUE,VALUE", help="Values to try; a key with one is for all.", show_default=False),
+    ],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder of the sweep.", show_default="train.output + -sweep")
+    ] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="Run only this many, drawn at random.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the drawing.")] = 0,
+    no_halving: Annotated[bool, typer.Option("--no-halving", help="Train all of them to the end.")] = False,
+    json: Json = False,
+) -> None:
+    """Try settings and name the best ones.
+
+    The same command again goes on where it was.
+    """
+    from lorica.recipes.sweep import sweep
+
+    _finish(json, lambda: sweep(config, axes, output=output, samples=samples, seed=seed, halving=not no_halving))
+
+
+@app.command(epilog="Example: lorica compare runs/first runs/second")
+def compare(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN", help="Run folders.", show_default=False)],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The picture of the curves.")] = Path("compare.png"),
+    samples: Annotated[int, typer.Option(min=0, help="Let them answer this many evaluation rows.")] = 0,
+    json: Json = False,
+) -> None:
+    """Show how runs differ, in settings and in results."""
+    from lorica.recipes.compare import compare
+
+    _finish(json, lambda: compare(runs, output=output, samples=samples))
+
+
 @app.command("eval", epilog="Example: lorica eval runs/first --data test.jsonl")
 def evaluate(
     run: Annotated[str, typer.Argument(metavar="RUN|CONFIG", help="A run folder, or run.yaml.", show_default=False)],

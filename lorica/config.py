@@ -1,8 +1,9 @@
 """The configuration: five sections of typed fields, read from run.yaml and `section.key=value` overrides.
 
 Every field stands here once, with its type, default, range and description; nothing else in the project parses options.
+The section `method` is the exception: its fields are those of the chosen method's options, in the method's own file.
 A fault says `run.yaml:7: train.lr: ...`, an unknown key says which one was probably meant, and all faults of a file and
-a command line come at once, before anything heavy is imported. Values are literal: no templates, no environment
+a command line come at once, before any work is done. Values are literal: no templates, no environment
 variables. A path in run.yaml is relative to the directory in which the command runs.
 
 What it gives up: inheritance between files. A run is one file and what the command line changes in it.
@@ -10,22 +11,35 @@ What it gives up: inheritance between files. A run is one file and what the comm
 
 from __future__ import annotations
 
+import dataclasses
 import os
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidationError,
+    create_model,
+    model_validator,
+)
 
 from lorica.config_faults import hint, reason, show
 from lorica.errors import ConfigError
 from lorica.strict_yaml import Document, Fault, KeyPath, dotted, dump_value, parse, read_text, resolve_scalar
 
-MAX_RANK = 65536
+if TYPE_CHECKING:
+    from lorica.methods.method import MethodOptions
 
 _DEFAULT = "default"
+_DEFAULT_METHOD = "lora"
+_Sections = Mapping[str, type[BaseModel]]
 # The line number of what stands on the command line: it sorts after every line of a file.
 _OVERRIDE = 2**31
 _MAX_SHOWN = 100
@@ -42,19 +56,6 @@ def _path_text(value: object) -> object:
         if "\0" in value or any("\ud800" <= character <= "\udfff" for character in value):
             raise ValueError("holds characters that no path or name can hold")
     return value
-
-
-def _targets(value: object) -> object:
-    if isinstance(value, str):
-        try:
-            re.compile(value)
-        except re.error as error:
-            raise ValueError(f"is no valid regular expression: {error}") from None
-        if value.strip():
-            return value
-    elif isinstance(value, list | tuple) and value and all(isinstance(item, str) and item.strip() for item in value):
-        return tuple(value)
-    raise ValueError("must be all-linear, a regular expression, or a list of module names")
 
 
 def _evaluation_data(value: object) -> object:
@@ -74,9 +75,7 @@ def _warmup(value: object) -> object:
 PathText = Annotated[str, BeforeValidator(_path_text)]
 Count = Annotated[int, Field(ge=1, lt=2**31)]
 Positive = Annotated[float, Field(gt=0)]
-Rank = Annotated[int, Field(ge=1, le=MAX_RANK)]
 # One field may take two types; the validator in front decides, so that a fault is one sentence.
-Targets = Annotated[str | tuple[str, ...], BeforeValidator(_targets)]
 EvaluationData = Annotated[float | str | None, BeforeValidator(_evaluation_data)]
 
 
@@ -95,33 +94,6 @@ class ModelConfig(_Section):
     revision: PathText | None = Field(default=None, description="branch, tag or commit of a hub id")
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto", description="where to compute; auto: the GPU if there is one"
-    )
-
-
-class MethodConfig(_Section):
-    """What is trained."""
-
-    name: Literal["lora"] = Field(default="lora", description="the parameter-efficient method")
-    rank: Rank = Field(default=16, description="rank of the update, 1 to 65536")
-    alpha: Positive = Field(
-        default=32.0, description="the update is scaled by alpha / rank (alpha / sqrt(rank) with rslora)"
-    )
-    dropout: float = Field(default=0.0, ge=0, lt=1, description="probability of dropping an input of the adapter")
-    targets: Targets = Field(
-        default="all-linear",
-        description="modules to adapt: all-linear (all but the output head), a regular expression, or a list of names",
-    )
-    rslora: bool = Field(
-        default=False, description="scale by alpha / sqrt(rank), so that high ranks learn as fast as low ones"
-    )
-    init: Literal["kaiming", "gaussian"] = Field(
-        default="kaiming", description="how lora_a starts; lora_b starts at zero"
-    )
-    rank_pattern: dict[str, Rank] = Field(
-        default={}, description="other ranks for modules whose name matches: {name or regex: rank}"
-    )
-    alpha_pattern: dict[str, Positive] = Field(
-        default={}, description="other alphas for modules whose name matches: {name or regex: alpha}"
     )
 
 
@@ -216,34 +188,75 @@ class EvalConfig(_Section):
     generate: bool = Field(default=True, description="generate answers and score them, besides loss and perplexity")
 
 
+def _method(value: object) -> object:
+    """Options as they are, or made of a mapping that has the method's name and its fields."""
+    # Here and below methods are imported when they are needed: they bring torch.
+    from lorica.methods.method import MethodOptions, method_options
+
+    if isinstance(value, Mapping):
+        fields = {str(key): item for key, item in value.items()}
+        return method_options(str(fields.pop("name", _DEFAULT_METHOD)))(**fields)
+    if not isinstance(value, MethodOptions):
+        raise ValueError("must be the options of a method, such as lorica.LoRA(rank=16)")
+    return value
+
+
+def _method_values(options: MethodOptions) -> dict[str, Any]:
+    fields = {field.name: getattr(options, field.name) for field in dataclasses.fields(options)}
+    return {"name": options.method_name(), **fields}
+
+
+Method = Annotated[Any, BeforeValidator(_method), PlainSerializer(_method_values)]
+
+
 class RunConfig(_Section):
     """A whole run, from `load_config` or from Python: `RunConfig(model=ModelConfig(base=...), data=DataConfig(...))`.
 
-    In Python a fault raises pydantic's `ValidationError` (a `ValueError`).
+    `method` takes a method's options, `lorica.LoRA(rank=8)`. In Python a fault raises pydantic's `ValidationError` (a
+    `ValueError`).
     """
 
     model: ModelConfig
-    method: MethodConfig = MethodConfig()
+    method: Method = Field(default_factory=lambda: _method({}))
     data: DataConfig
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()
 
     @model_validator(mode="after")
     def _values_agree(self) -> Self:
-        faults = _disagreements({f"{name}.{key}": value for name in SECTIONS for key, value in getattr(self, name)})
+        flat = {f"{name}.{key}": value for name, keys in values(self).items() for key, value in keys.items()}
+        faults = _disagreements(flat)
         if faults:
             raise ValueError("; ".join(f"{keys[0]}: {reason}" for keys, reason in faults))
         return self
 
 
-SECTIONS: Mapping[str, type[_Section]] = {
-    "model": ModelConfig,
-    "method": MethodConfig,
-    "data": DataConfig,
-    "train": TrainConfig,
-    "eval": EvalConfig,
-}
-_KEYS = {name: list(section.model_fields) for name, section in SECTIONS.items()}
+@cache
+def sections(method: str = _DEFAULT_METHOD) -> Mapping[str, type[BaseModel]]:
+    """The sections of run.yaml for a method, each a model of its fields."""
+    from lorica.methods.method import method_names, method_options, option_fields
+
+    known = Literal[method_names()]  # type: ignore[valid-type]
+    name = (known, Field(default=_DEFAULT_METHOD, description="the parameter-efficient method"))
+    fields = option_fields(method_options(method if method in method_names() else _DEFAULT_METHOD))
+    # The name stands first, before the fields of the options.
+    own = {key: (info.annotation, info) for key, info in fields.model_fields.items()}
+    return {
+        "model": ModelConfig,
+        "method": create_model("MethodConfig", __base__=_Section, __doc__="What is trained.", name=name, **own),  # type: ignore[call-overload]
+        "data": DataConfig,
+        "train": TrainConfig,
+        "eval": EvalConfig,
+    }
+
+
+def values(config: RunConfig) -> dict[str, dict[str, Any]]:
+    """Every value of a configuration, by section and key."""
+    own = {name: dict(getattr(config, name)) for name in SECTION_NAMES if name != "method"}
+    return {name: own.get(name) or _method_values(config.method) for name in SECTION_NAMES}
+
+
+SECTION_NAMES = ("model", "method", "data", "train", "eval")
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,24 +282,22 @@ class Resolved:
 
     def describe(self) -> list[Described]:
         """All fields in the order of the sections."""
+        known = sections(self.config.method.method_name())
         return [
             Described(
-                f"{name}.{key}",
-                getattr(getattr(self.config, name), key),
-                self.origin[f"{name}.{key}"],
-                info.description or "",
+                f"{name}.{key}", value, self.origin[f"{name}.{key}"], known[name].model_fields[key].description or ""
             )
-            for name, section in SECTIONS.items()
-            for key, info in section.model_fields.items()
+            for name, keys in values(self.config).items()
+            for key, value in keys.items()
         ]
 
 
 def dump_yaml(config: RunConfig, origin: Mapping[str, str] | None = None) -> str:
     """Every field of `config` as YAML; with `origin`, values that are no defaults say where they came from."""
     lines = []
-    for name in SECTIONS:
+    for name, keys in values(config).items():
         lines.append(f"{name}:")
-        for key, value in getattr(config, name):
+        for key, value in keys.items():
             source = (origin or {}).get(f"{name}.{key}", _DEFAULT)
             # The comment is for readers; JSON's escapes keep a file name from ending the line.
             comment = "" if source == _DEFAULT else f"  # {dump_value(source)}"
@@ -304,20 +315,32 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Resol
     if file is not None and (file / "config.yaml").is_file():
         file = file / "config.yaml"
     document = _read(file)
-    faults = [*document.faults, *_shape_faults(document)]
-    tree = _known_keys(document.value)
-    faults += _apply_overrides(tree, overrides, document.lines)
-    config, value_faults = _validate(tree, faults, document.lines)
+    known = sections(_method_name(document.value, overrides))
+    faults = [*document.faults, *_shape_faults(document, known)]
+    tree = _known_keys(document.value, known)
+    faults += _apply_overrides(tree, overrides, document.lines, known)
+    config, value_faults = _validate(tree, faults, document.lines, known)
     faults = sorted([*faults, *value_faults], key=lambda fault: fault.line)
     if faults or config is None:
         more = [f"... and {len(faults) - _MAX_SHOWN} more"] if len(faults) > _MAX_SHOWN else []
         messages = [f"{_where(file, fault.line)}: {_message(fault)}" for fault in faults[:_MAX_SHOWN]]
         raise ConfigError("\n".join(messages + more))
-    keys = [(name, key) for name, section in SECTIONS.items() for key in section.model_fields]
+    keys = [(name, key) for name, section in known.items() for key in section.model_fields]
     origin = {
         dotted(place): _where(file, document.lines[place]) if place in document.lines else _DEFAULT for place in keys
     }
     return Resolved(config, origin)
+
+
+def _method_name(document: Any, overrides: Sequence[str]) -> str:
+    """The method that is asked for, where that can be made out; its faults are found later."""
+    from lorica.methods.method import method_names
+
+    names = [text.partition("=")[2].strip() for text in overrides if text.partition("=")[0].strip() == "method.name"]
+    method = document.get("method") if isinstance(document, dict) else None
+    given = method.get("name") if isinstance(method, dict) else None
+    name = names[-1] if names else given
+    return name if isinstance(name, str) and name in method_names() else _DEFAULT_METHOD
 
 
 def _read(file: Path | None) -> Document:
@@ -340,42 +363,47 @@ def _message(fault: Fault) -> str:
     return f"{fault.key}: {fault.reason}" if fault.key else fault.reason
 
 
-def _shape_faults(document: Document) -> list[Fault]:
+def _shape_faults(document: Document, known: _Sections) -> list[Fault]:
     """Faults of the outer form: what is no mapping, and sections and keys that do not exist."""
     value, lines = document.value, document.lines
     if value is None:
         return []
     if not isinstance(value, dict):
-        expected = f"must hold the sections {', '.join(SECTIONS)}"
+        expected = f"must hold the sections {', '.join(known)}"
         return [] if document.faults else [Fault(lines[()], "", f"{expected}, got {show(value)}")]
     faults = []
+    keys = _keys(known)
     for name, section in value.items():
-        if name not in SECTIONS:
-            faults.append(Fault(lines[(name,)], name, f"unknown section{hint(_KEYS, '', name)}"))
+        if name not in keys:
+            faults.append(Fault(lines[(name,)], name, f"unknown section{hint(keys, '', name)}"))
         elif isinstance(section, dict):
-            unknown = [key for key in section if key not in _KEYS[name]]
-            faults += [Fault(lines[name, key], f"{name}.{key}", _unknown(name, key)) for key in unknown]
+            unknown = [key for key in section if key not in keys[name]]
+            faults += [Fault(lines[name, key], f"{name}.{key}", _unknown(known, name, key)) for key in unknown]
         elif section is not None:
             faults.append(Fault(lines[(name,)], name, f"must be a section of keys, got {show(section)}"))
     return faults
 
 
-def _unknown(section: str, key: str) -> str:
-    return f"unknown key{hint(_KEYS, section, key)}"
+def _keys(known: _Sections) -> dict[str, list[str]]:
+    return {name: list(section.model_fields) for name, section in known.items()}
 
 
-def _known_keys(value: Any) -> dict[str, dict[str, Any]]:
+def _unknown(known: _Sections, section: str, key: str) -> str:
+    return f"unknown key{hint(_keys(known), section, key)}"
+
+
+def _known_keys(value: Any, known: _Sections) -> dict[str, dict[str, Any]]:
     """What remains without the faults of `_shape_faults`."""
-    sections = value if isinstance(value, dict) else {}
+    given = value if isinstance(value, dict) else {}
     return {
-        name: {key: item for key, item in section.items() if key in _KEYS[name]}
-        for name, section in sections.items()
-        if name in SECTIONS and isinstance(section, dict)
+        name: {key: item for key, item in section.items() if key in known[name].model_fields}
+        for name, section in given.items()
+        if name in known and isinstance(section, dict)
     }
 
 
 def _apply_overrides(
-    tree: dict[str, dict[str, Any]], overrides: Sequence[str], lines: dict[KeyPath, int]
+    tree: dict[str, dict[str, Any]], overrides: Sequence[str], lines: dict[KeyPath, int], known: _Sections
 ) -> list[Fault]:
     """Put overrides into `tree` and note them in `lines`; a mapping field takes a key of its own after a dot."""
     faults: list[Fault] = []
@@ -384,7 +412,7 @@ def _apply_overrides(
         key = key.strip()
         name, _, rest = key.partition(".")
         field, _, inner = rest.partition(".")
-        if problem := _override_problem(override, name, field, inner) if equals else _NO_OVERRIDE.format(override):
+        if problem := _override_problem(known, name, field, inner) if equals else _NO_OVERRIDE.format(override):
             faults.append(Fault(_OVERRIDE, key if equals else "", problem))
             continue
         value, value_faults = _override_value(text)
@@ -398,14 +426,15 @@ def _apply_overrides(
     return faults
 
 
-def _override_problem(override: str, name: str, field: str, inner: str) -> str | None:
-    if name not in SECTIONS:
-        return f"unknown key{hint(_KEYS, '', field or name)}"
+def _override_problem(known: _Sections, name: str, field: str, inner: str) -> str | None:
+    keys = _keys(known)
+    if name not in keys:
+        return f"unknown key{hint(keys, '', field or name)}"
     if not field:
-        return f"is a section; name a key in it, as in {name}.{_KEYS[name][0]}=..."
-    if field not in _KEYS[name]:
-        return _unknown(name, field)
-    if inner and not isinstance(SECTIONS[name].model_fields[field].default, dict):
+        return f"is a section; name a key in it, as in {name}.{keys[name][0]}=..."
+    if field not in keys[name]:
+        return _unknown(known, name, field)
+    if inner and not isinstance(known[name].model_fields[field].default, dict):
         return f"unknown key; {name}.{field} is a single value"
     return None
 
@@ -423,12 +452,15 @@ def _override_value(text: str) -> tuple[Any, list[Fault]]:
 
 
 def _validate(
-    tree: Mapping[str, Mapping[str, Any]], known_faults: Sequence[Fault], lines: Mapping[KeyPath, int]
+    tree: Mapping[str, Mapping[str, Any]],
+    known_faults: Sequence[Fault],
+    lines: Mapping[KeyPath, int],
+    known: _Sections,
 ) -> tuple[RunConfig | None, list[Fault]]:
     """The configuration (None if anything is at fault) and the faults that do not follow from `known_faults`."""
     faults: list[Fault] = []
     sound: dict[str, Any] = {}
-    for name, section in SECTIONS.items():
+    for name, section in known.items():
         given = tree.get(name, {})
         unsound = set()
         try:
@@ -439,16 +471,19 @@ def _validate(
                 unsound.add(key)
                 what = reason(dict(detail), section.model_fields[key].annotation)
                 faults.append(Fault(_nearest_line(place, lines), dotted(place), what))
-        values = {key: given.get(key, section.model_fields[key].default) for key in _KEYS[name]}
-        sound |= {f"{name}.{key}": value for key, value in values.items() if key not in unsound}
-    faults = [fault for fault in faults if not any(_follows(fault, known) for known in known_faults)]
+        sound |= {
+            f"{name}.{key}": given.get(key, info.default)
+            for key, info in section.model_fields.items()
+            if key not in unsound
+        }
+    faults = [fault for fault in faults if not any(_follows(fault, earlier) for earlier in known_faults)]
     for keys, what in _disagreements(sound):
         places = [tuple(key.split(".")) for key in keys]
         place = next((place for place in places if place in lines), places[0])
         faults.append(Fault(_nearest_line(place, lines), dotted(place), what))
     if faults or known_faults:
         return None, faults
-    return RunConfig.model_validate({name: tree.get(name, {}) for name in SECTIONS}), []
+    return RunConfig.model_validate({name: tree.get(name, {}) for name in known}), []
 
 
 def _follows(fault: Fault, known: Fault) -> bool:
@@ -456,7 +491,7 @@ def _follows(fault: Fault, known: Fault) -> bool:
     in_file = known.line != _OVERRIDE
     return (
         (in_file and not known.key)
-        or (in_file and known.key in SECTIONS and fault.key.startswith(f"{known.key}."))
+        or (in_file and known.key in SECTION_NAMES and fault.key.startswith(f"{known.key}."))
         or fault.key == known.key.partition("[")[0]
     )
 

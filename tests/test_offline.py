@@ -11,8 +11,9 @@ import pytest
 import torch
 
 import lorica
-from lorica.config import DataConfig, EvalConfig, MethodConfig, ModelConfig, RunConfig, TrainConfig
+from lorica.config import DataConfig, EvalConfig, ModelConfig, RunConfig, TrainConfig
 from lorica.errors import ModelError
+from lorica.methods.lora import LoRA
 from lorica.recipes.evaluate import evaluate
 from lorica.recipes.export import export
 from lorica.recipes.generate import generate
@@ -50,7 +51,7 @@ def test_the_whole_road_without_a_network(
     rows.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     config = RunConfig(
         model=ModelConfig(base=str(base), device="cpu"),
-        method=MethodConfig(rank=2),
+        method=LoRA(rank=2),
         data=DataConfig(train="rows.jsonl", eval=0.2, max_length=64),
         train=TrainConfig(output="run", batch_tokens=256, max_steps=2, threads=1),
         eval=EvalConfig(max_new_tokens=2),

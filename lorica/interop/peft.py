@@ -14,10 +14,9 @@ Written for PEFT 0.21.2; the tests exchange folders with it both ways.
 
 from __future__ import annotations
 
-import math
 import re
-from collections import Counter
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,46 +25,27 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from lorica.errors import AdapterError, LoricaError
 from lorica.files import read_json_object, sha256, whole_folder, write_json
 from lorica.methods.attach import adapt, adapters, detach
-from lorica.methods.lora import LoRA, LoraAdapter, LoraEmbedding
+from lorica.methods.method import Adapter, MethodOptions, method_names, method_options
 from lorica.models.load import base_fingerprint
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PROOF = "lorica.json"
 _PREFIX = "base_model.model."
+# Where a method that PEFT does not have keeps its options.
+_OPTIONS = "lorica_options"
 # The PEFT version whose fields we write.
 _PEFT_VERSION = "0.21.2"
-
-# Fields that change what the adapter computes, with the values that mean "not used".
-_UNUSED: dict[str, tuple[Any, ...]] = {
-    "alora_invocation_tokens": (None,),
-    "arrow_config": (None,),
-    "bias": ("none", None),
-    "layer_replication": (None, []),
-    "lora_bias": (False, None),
-    "megatron_config": (None,),
-    "modules_to_save": (None, []),
-    "monteclora_config": (None,),
-    "target_parameters": (None, []),
-    "trainable_token_indices": (None, [], {}),
-    "use_bdlora": (False, None),
-    "use_dora": (False, None),
-    "use_qalora": (False, None),
-    "velora_config": (None,),
-}
-# These change the base's weights when they start, so the folder alone does not say what was trained.
-_BASE_CHANGING_INITS = ("pissa", "olora", "loftq", "corda", "kasa")
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
 def save_adapter(model: nn.Module, folder: str | Path) -> Path:
-    """Save the model's LoRA adapters as a PEFT folder, whole or not at all, and read it back.
+    """Save the model's adapters, whole or not at all, and read them back: as a PEFT folder if PEFT has the method.
 
     Args:
         folder: replaced if it is an adapter folder already; must be absent or empty otherwise.
@@ -75,15 +55,17 @@ def save_adapter(model: nn.Module, folder: str | Path) -> Path:
             written does not read back as it was.
     """
     folder = Path(folder)
-    found = _lora_adapters(model)
-    tensors = {_tensor_name(name, a, part): _part(a, part) for name, a in found.items() for part in "AB"}
+    found = adapters(model)
+    if not found:
+        raise AdapterError("Not saved: the model carries no adapters.")
+    tensors = {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in _tensors(found).items()}
     broken = [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
     if broken:
         raise AdapterError(f"Not saved: {len(broken)} tensors hold NaN or infinity, the first is {broken[0]}.")
     check_adapter_folder(folder)
     with whole_folder(folder) as temporary:
         save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
-        write_json(temporary / CONFIG, _peft_config(model, found))
+        write_json(temporary / CONFIG, _config(model, found))
         files = {name: sha256(temporary / name) for name in (WEIGHTS, CONFIG)}
         write_json(temporary / PROOF, {"format": 1, "base_fingerprint": base_fingerprint(model), "sha256": files})
         _prove(tensors, temporary)
@@ -110,8 +92,8 @@ def load_adapter(model: Model, folder: str | Path) -> Model:
     _check_proof(model, folder)
     with _open_weights(folder) as file:
         shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 - not a dict
-        options = _options(config, _modules(shapes, model, folder), folder)
-        _check_shapes(model, shapes, options, folder)
+        options, names = _options(config, shapes, model, folder)
+        _check_shapes(model, shapes, options, names, folder)
         try:
             adapt(model, options)
         except LoricaError as error:
@@ -124,63 +106,37 @@ def load_adapter(model: Model, folder: str | Path) -> Model:
     return model
 
 
-def _lora_adapters(model: nn.Module) -> dict[str, LoraAdapter]:
-    found = {name: a for name, a in adapters(model).items() if isinstance(a, LoraAdapter)}
-    if not found or len(found) != len(adapters(model)):
-        raise AdapterError("Not saved: the model carries no adapters that PEFT's format can hold.")
-    return found
+def _tensors(found: Mapping[str, Adapter]) -> dict[str, Tensor]:
+    """Every tensor on disk by its name there, the adapters' own."""
+    return {f"{_PREFIX}{name}.{key}": t for name, a in found.items() for key, t in a.saved_tensors().items()}
 
 
-def _part(adapter: LoraAdapter, part: str) -> Tensor:
-    tensor = adapter.lora_a if part == "A" else adapter.lora_b
-    return tensor.detach().to("cpu", copy=True).contiguous()
-
-
-def _tensor_name(name: str, adapter: LoraAdapter, part: str) -> str:
-    kind = f"lora_embedding_{part}" if isinstance(adapter, LoraEmbedding) else f"lora_{part}.weight"
-    return f"{_PREFIX}{name}.{kind}"
-
-
-def _peft_config(model: nn.Module, found: Mapping[str, LoraAdapter]) -> dict[str, Any]:
+def _config(model: nn.Module, found: Mapping[str, Adapter]) -> dict[str, Any]:
     options = next(iter(found.values())).options
-    assert isinstance(options, LoRA)
-    ranks = {name: a.rank for name, a in found.items()}
-    # PEFT divides alpha by the rank again, or by its root.
-    alphas = {n: a.scale * (math.sqrt(a.rank) if options.rslora else a.rank) for n, a in found.items()}
-    rank, alpha = _most_common(ranks.values()), _most_common(alphas.values())
-    return {
-        "peft_type": "LORA",
-        "peft_version": _PEFT_VERSION,
-        "task_type": "CAUSAL_LM" if _is_causal_lm(model) else None,
-        "auto_mapping": None,
+    common = {
+        "peft_type": options.peft_type or f"LORICA_{options.method_name().upper()}",
         "base_model_name_or_path": model.config.name_or_path if isinstance(model, PreTrainedModel) else None,
-        "revision": None,
+        "task_type": "CAUSAL_LM" if _is_causal_lm(model) else None,
         "inference_mode": True,
-        "r": rank,
-        "lora_alpha": alpha,
-        "lora_dropout": options.dropout,
-        "rank_pattern": {re.escape(name): r for name, r in ranks.items() if r != rank},
-        "alpha_pattern": {re.escape(name): a for name, a in alphas.items() if a != alpha},
+    }
+    if options.peft_type is None:
+        return {**common, _OPTIONS: {field.name: getattr(options, field.name) for field in fields(options)}}
+    return {
+        **common,
+        "peft_version": _PEFT_VERSION,
+        "auto_mapping": None,
+        "revision": None,
         "target_modules": _target_names(model, list(found)),
-        "use_rslora": options.rslora,
-        "init_lora_weights": True if options.init == "kaiming" else options.init,
-        "fan_in_fan_out": any(isinstance(a.base, Conv1D) for a in found.values()),
-        "bias": "none",
-        "lora_bias": False,
-        "use_dora": False,
         "modules_to_save": None,
         "layers_to_transform": None,
         "layers_pattern": None,
         "exclude_modules": None,
+        **options.to_peft(found, model),
     }
 
 
 def _is_causal_lm(model: nn.Module) -> bool:
     return isinstance(model, PreTrainedModel) and model.can_generate() and not model.config.is_encoder_decoder
-
-
-def _most_common(values: Any) -> Any:
-    return Counter(values).most_common(1)[0][0]
 
 
 def _target_names(model: nn.Module, names: list[str]) -> list[str]:
@@ -213,19 +169,6 @@ def _read_config(folder: Path) -> dict[str, Any]:
         config = read_json_object(folder / CONFIG)
     except (OSError, ValueError) as error:
         raise AdapterError(str(error)) from None
-    kind = config.get("peft_type")
-    if kind != "LORA":
-        raise AdapterError(f"{folder / CONFIG}: peft_type is {kind!r}; LORA is what can be loaded.")
-    faults = [
-        f"{key} is {config[key]!r}, which is not supported"
-        for key, unused in _UNUSED.items()
-        if key in config and config[key] not in unused
-    ]
-    init = config.get("init_lora_weights")
-    if isinstance(init, str) and init.lower().startswith(_BASE_CHANGING_INITS):
-        faults.append(f"init_lora_weights is {init!r}, which changed the base; let PEFT convert it to plain LoRA first")
-    if faults:
-        raise AdapterError(f"{folder / CONFIG}: " + "; ".join(faults) + ".")
     return config
 
 
@@ -263,26 +206,37 @@ def _open_weights(folder: Path) -> Any:
         raise AdapterError(f"{file} is damaged: {error}") from None
 
 
-def _modules(shapes: Mapping[str, tuple[int, ...]], model: nn.Module, folder: Path) -> list[str]:
-    """The names of the modules that the tensors belong to; every tensor must be accounted for."""
-    names: dict[str, set[str]] = {}
-    unknown = []
-    for key in shapes:
-        match = re.fullmatch(rf"{re.escape(_PREFIX)}(.+)\.lora_(?:embedding_)?([AB])(?:\.weight)?", key)
-        if match:
-            names.setdefault(match[1], set()).add(match[2])
-        elif not _is_copy_of_base(key):
-            unknown.append(key)
-    faults = [f"{key} is no LoRA tensor" for key in unknown]
-    faults += [
-        f"{name} has lora_{'A' if 'A' in parts else 'B'} only" for name, parts in names.items() if len(parts) < 2
-    ]
+def _options(
+    config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], model: nn.Module, folder: Path
+) -> tuple[MethodOptions, list[str]]:
+    """The method's options, and the names of the modules that the folder's tensors belong to."""
+    kind = str(config.get("peft_type"))
+    own = kind.startswith("LORICA_")
+    methods = [method_options(name) for name in method_names()]
+    found = next((m for m in methods if m.is_peft(config) or kind == f"LORICA_{m.method_name().upper()}"), None)
+    if found is None:
+        known = sorted({m.peft_type for m in methods if m.peft_type})
+        raise AdapterError(f"{folder / CONFIG}: peft_type is {kind!r}; {', '.join(known)} can be loaded.")
     present = dict(model.named_modules())
-    faults += [f"{name} is no module of {type(model).__name__}" for name in names if name not in present]
+    keys = [key.removeprefix(_PREFIX) for key in shapes if not _is_copy_of_base(key)]
+    names = list(dict.fromkeys(name for key in keys if (name := _owner(key, present)) is not None))
+    faults = [f"{key} belongs to no module of {type(model).__name__}" for key in keys if _owner(key, present) is None]
     if not names:
-        faults.append("there is no LoRA tensor in it")
+        faults.append("there is no adapter's tensor in it")
     _refuse(folder, faults)
-    return list(names)
+    try:
+        if own:
+            return found(**{**config[_OPTIONS], "targets": [re.escape(name) for name in names]}), names
+        return found.from_peft(config, names), names
+    except (KeyError, TypeError, ValueError, AttributeError, LoricaError) as error:
+        what = str(error) if isinstance(error, LoricaError) else f"{type(error).__name__}: {error}"
+        raise AdapterError(f"{folder / CONFIG}: {what}") from None
+
+
+def _owner(key: str, present: Mapping[str, nn.Module]) -> str | None:
+    """The module whose adapter a tensor belongs to: the longest name in front that the model has."""
+    parts = key.split(".")
+    return next((name for n in range(len(parts) - 1, 0, -1) if (name := ".".join(parts[:n])) in present), None)
 
 
 def _is_copy_of_base(key: str) -> bool:
@@ -290,54 +244,43 @@ def _is_copy_of_base(key: str) -> bool:
     return key.startswith(_PREFIX) and key.endswith((".base_layer.weight", "lm_head.weight", "embed_tokens.weight"))
 
 
-def _options(config: Mapping[str, Any], names: list[str], folder: Path) -> LoRA:
-    try:
-        return LoRA(
-            rank=int(config["r"]),
-            alpha=float(config.get("lora_alpha", 8)),
-            dropout=float(config.get("lora_dropout") or 0.0),
-            rslora=bool(config.get("use_rslora", False)),
-            targets=tuple(re.escape(name) for name in names),
-            init="gaussian" if config.get("init_lora_weights") == "gaussian" else "kaiming",
-            rank_pattern={str(k): int(v) for k, v in (config.get("rank_pattern") or {}).items()},
-            alpha_pattern={str(k): float(v) for k, v in (config.get("alpha_pattern") or {}).items()},
-        )
-    except (KeyError, TypeError, ValueError, AttributeError, LoricaError) as error:
-        raise AdapterError(f"{folder / CONFIG}: {type(error).__name__}: {error}") from None
-
-
-def _check_shapes(model: nn.Module, shapes: Mapping[str, tuple[int, ...]], options: LoRA, folder: Path) -> None:
-    """Compare every shape with what the config and the model ask for, before a single number is read."""
+def _check_shapes(
+    model: nn.Module, shapes: Mapping[str, tuple[int, ...]], options: MethodOptions, names: list[str], folder: Path
+) -> None:
+    """Compare every name and shape with what config and model ask for, before a number is read."""
     faults = []
-    for target in options.targets:
-        name = re.sub(r"\\(.)", r"\1", target)
+    expected: set[str] = set()
+    present = dict(model.named_modules())
+    for name in names:
         module = model.get_submodule(name)
-        rank, _ = options.rank_and_scale(name)
-        if isinstance(module, nn.Embedding):
-            kind, expected = "lora_embedding_{}", ((rank, module.num_embeddings), (module.embedding_dim, rank))
-        elif isinstance(module, nn.Linear | Conv1D):
-            out_size, in_size = reversed(module.weight.shape) if isinstance(module, Conv1D) else module.weight.shape
-            kind, expected = "lora_{}.weight", ((rank, in_size), (out_size, rank))
-        else:
-            faults.append(f"{name} is a {type(module).__name__}, which LoRA cannot wrap")
+        if not isinstance(module, options.linear_kinds + options.other_kinds):
+            lost = [key for key in shapes if _owner(key.removeprefix(_PREFIX), present) == name]
+            faults.append(f"{lost[0]}: {name} is a {type(module).__name__}, which {options.method_name()} cannot wrap")
+            expected.update(lost)
             continue
-        for part, shape in zip("AB", expected, strict=True):
-            key = f"{_PREFIX}{name}.{kind.format(part)}"
-            if shapes.get(key) != shape:
-                faults.append(f"{key} is {list(shapes.get(key, ()))}, expected {list(shape)}")
+        for key, shape in options.shapes(module, name).items():
+            expected.add(f"{_PREFIX}{name}.{key}")
+            found = shapes.get(f"{_PREFIX}{name}.{key}")
+            if found is None:
+                faults.append(f"{_PREFIX}{name}.{key} is missing")
+            elif found != shape:
+                faults.append(f"{_PREFIX}{name}.{key} is {list(found)}, expected {list(shape)}")
+    faults += [
+        f"{key} is no tensor of {options.method_name()}"
+        for key in shapes.keys() - expected
+        if not _is_copy_of_base(key)
+    ]
     _refuse(folder, faults)
 
 
 def _copy_weights(model: nn.Module, file: Any, folder: Path) -> None:
     faults = []
-    found = _lora_adapters(model)
     with torch.no_grad():
-        for name, adapter in found.items():
-            for part, parameter in (("A", adapter.lora_a), ("B", adapter.lora_b)):
-                tensor = file.get_tensor(_tensor_name(name, adapter, part))
-                if not bool(torch.isfinite(tensor).all()):
-                    faults.append(f"{_tensor_name(name, adapter, part)} holds NaN or infinity")
-                parameter.copy_(tensor)
+        for key, ours in _tensors(adapters(model)).items():
+            tensor = file.get_tensor(key)
+            if not bool(torch.isfinite(tensor).all()):
+                faults.append(f"{key} holds NaN or infinity")
+            ours.copy_(tensor)
     present = dict(model.named_modules())
     for key in file.keys():  # noqa: SIM118 - not a dict
         if _is_copy_of_base(key):

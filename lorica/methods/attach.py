@@ -36,9 +36,10 @@ def adapt(model: Model, options: MethodOptions) -> Model:
             "lorica.merge(model) folds them into a new model."
         )
     names = resolve_targets(model, options)
+    wrapped = options.wrap_all(model, names)
     model.requires_grad_(False)
-    for name in names:
-        _replace(model, name, options.wrap(model.get_submodule(name), name))
+    for name, adapter in wrapped.items():
+        _replace(model, name, adapter)
     return model
 
 

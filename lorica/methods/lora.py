@@ -14,19 +14,41 @@ from __future__ import annotations
 import copy
 import math
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from lorica.errors import ConfigError
+from lorica.errors import AdapterError
 from lorica.kernels.linear import is_widened, linear
 from lorica.methods import inits
-from lorica.methods.method import Adapter, MethodOptions, unsupported_kind
+from lorica.methods.method import Adapter, MethodOptions, Positive, Probability, Rank, unsupported_kind
+
+# Fields of PEFT's that change what the adapter computes, with the values that mean "not used".
+_UNUSED_BY_PEFT: dict[str, tuple[Any, ...]] = {
+    "alora_invocation_tokens": (None,),
+    "arrow_config": (None,),
+    "bias": ("none", None),
+    "layer_replication": (None, []),
+    "lora_bias": (False, None),
+    "megatron_config": (None,),
+    "modules_to_save": (None, []),
+    "monteclora_config": (None,),
+    "target_parameters": (None, []),
+    "trainable_token_indices": (None, [], {}),
+    "use_bdlora": (False, None),
+    "use_dora": (False, None),
+    "use_qalora": (False, None),
+    "velora_config": (None,),
+}
+# These change the base's weights when they start, so the folder alone does not say what was trained.
+_BASE_CHANGING_INITS = ("pissa", "olora", "loftq", "corda", "kasa")
 
 
 @dataclass(frozen=True)
@@ -45,35 +67,73 @@ class LoRA(MethodOptions):
 
     linear_kinds: ClassVar[tuple[type[nn.Module], ...]] = (nn.Linear, Conv1D)
     other_kinds: ClassVar[tuple[type[nn.Module], ...]] = (nn.Embedding,)
+    peft_type: ClassVar[str | None] = "LORA"
 
-    rank: int = 16
-    alpha: float = 32.0
-    dropout: float = 0.0
-    rslora: bool = False
-    init: str = "kaiming"
-    rank_pattern: Mapping[str, int] = field(default_factory=dict)
-    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        faults = []
-        for rank in (self.rank, *self.rank_pattern.values()):
-            if rank < 1:
-                faults.append(f"rank is {rank}; it must be at least 1")
-        for alpha in (self.alpha, *self.alpha_pattern.values()):
-            if not (math.isfinite(alpha) and alpha > 0):
-                faults.append(f"alpha is {alpha}; it must be a positive number")
-        if not 0.0 <= self.dropout < 1.0:
-            faults.append(f"dropout is {self.dropout}; it must be at least 0 and below 1")
-        if self.init not in inits.INITS:
-            faults.append(f"init is {self.init!r}; expected one of {', '.join(inits.INITS)}")
-        if faults:
-            raise ConfigError("LoRA: " + "; ".join(faults) + ".")
+    rank: Annotated[Rank, Field(description="rank of the update, 1 to 65536")] = 16
+    alpha: Annotated[
+        Positive, Field(description="the update is scaled by alpha / rank (alpha / sqrt(rank) with rslora)")
+    ] = 32.0
+    dropout: Annotated[Probability, Field(description="probability of dropping an input of the adapter")] = 0.0
+    rslora: Annotated[
+        bool, Field(description="scale by alpha / sqrt(rank), so that high ranks learn as fast as low ones")
+    ] = False
+    init: Annotated[Literal["kaiming", "gaussian"], Field(description="how lora_a starts; lora_b starts at zero")] = (
+        "kaiming"
+    )
+    rank_pattern: Annotated[
+        Mapping[str, Rank], Field(description="other ranks for modules whose name matches: {name or regex: rank}")
+    ] = field(default_factory=dict)
+    alpha_pattern: Annotated[
+        Mapping[str, Positive], Field(description="other alphas for modules whose name matches: {name or regex: alpha}")
+    ] = field(default_factory=dict)
 
     def rank_and_scale(self, name: str) -> tuple[int, float]:
         """Rank and scale s of the module at `name`."""
         rank = int(_by_pattern(self.rank_pattern, name, self.rank))
         alpha = _by_pattern(self.alpha_pattern, name, self.alpha)
         return rank, alpha / (math.sqrt(rank) if self.rslora else rank)
+
+    def to_peft(self, found: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
+        ranks = {name: a.rank for name, a in found.items()}
+        # PEFT divides alpha by the rank again, or by its root.
+        alphas = {n: a.scale * (math.sqrt(a.rank) if self.rslora else a.rank) for n, a in found.items()}
+        rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
+        return {
+            "r": rank,
+            "lora_alpha": alpha,
+            "lora_dropout": self.dropout,
+            "rank_pattern": {re.escape(name): r for name, r in ranks.items() if r != rank},
+            "alpha_pattern": {re.escape(name): a for name, a in alphas.items() if a != alpha},
+            "use_rslora": self.rslora,
+            "init_lora_weights": True if self.init == "kaiming" else self.init,
+            "fan_in_fan_out": any(isinstance(a.base, Conv1D) for a in found.values()),
+            "bias": "none",
+            "lora_bias": False,
+            "use_dora": False,
+        }
+
+    @classmethod
+    def from_peft(cls, config: Mapping[str, Any], names: Sequence[str]) -> LoRA:
+        faults = [
+            f"{key} is {config[key]!r}, which is not supported"
+            for key, unused in _UNUSED_BY_PEFT.items()
+            if key in config and config[key] not in unused
+        ]
+        init = config.get("init_lora_weights")
+        if isinstance(init, str) and init.lower().startswith(_BASE_CHANGING_INITS):
+            faults.append(f"init_lora_weights is {init!r}, which changed the base; let PEFT convert it to plain LoRA")
+        if faults:
+            raise AdapterError("; ".join(faults) + ".")
+        return cls(
+            rank=int(config["r"]),
+            alpha=float(config.get("lora_alpha", 8)),
+            dropout=float(config.get("lora_dropout") or 0.0),
+            rslora=bool(config.get("use_rslora", False)),
+            targets=tuple(re.escape(name) for name in names),
+            init="gaussian" if init == "gaussian" else "kaiming",
+            rank_pattern={str(k): int(v) for k, v in (config.get("rank_pattern") or {}).items()},
+            alpha_pattern={str(k): float(v) for k, v in (config.get("alpha_pattern") or {}).items()},
+        )
 
     def wrap(self, module: nn.Module, name: str) -> Adapter:
         rank, scale = self.rank_and_scale(name)
@@ -118,6 +178,9 @@ class LoraAdapter(Adapter):
     def delta_weight(self) -> Tensor:
         """s B A in float32, [out, in]."""
         return self.scale * (self.lora_b.detach() @ self.lora_a.detach())
+
+    def saved_tensors(self) -> dict[str, Tensor]:
+        return {"lora_A.weight": self.lora_a, "lora_B.weight": self.lora_b}
 
     def _with_weight(self, delta: Tensor) -> nn.Module:
         # A shallow copy keeps the base's type, bias and attributes, whatever subclass it is.
@@ -170,6 +233,9 @@ class LoraEmbedding(LoraAdapter):
 
     def merged(self) -> nn.Module:
         return self._with_weight(self.delta_weight().t())
+
+    def saved_tensors(self) -> dict[str, Tensor]:
+        return {"lora_embedding_A": self.lora_a, "lora_embedding_B": self.lora_b}
 
 
 OPTIONS = LoRA

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -34,6 +34,7 @@ from lorica.recipes.train import evaluation_batches
 SHOWN_SAMPLES = 3
 SHOWN_UNANSWERED = 10
 _SHOWN_CHARACTERS = 80
+_Item = TypeVar("_Item")
 _SCORES = ("exact_match", "bleu", "rouge_l", "chrf")
 
 
@@ -188,12 +189,12 @@ def show(report: EvaluationReport) -> None:
     console.table(f"{report.run} on {report.data}", columns, [row[: len(columns)] for row in rows], numeric=columns[3:])
     if report.unanswered:
         console.stdout().print(_say_unanswered(report.unanswered))
-    shown = _spread(list(range(len(report.samples))), SHOWN_SAMPLES)
+    shown = spread(list(range(len(report.samples))), SHOWN_SAMPLES)
     if shown:
         sides = ["base", "adapter"] if report.all.base is not None else ["adapter"]
         answers = [report.samples[index] for index in shown]
         texts = [[s.prompt, s.references[0], *([s.base or ""] if len(sides) == 2 else []), s.adapter] for s in answers]
-        console.table("Answers", ["prompt", "reference", *sides], [[_shortened(text) for text in row] for row in texts])
+        console.table("Answers", ["prompt", "reference", *sides], [[shortened(text) for text in row] for row in texts])
 
 
 def _open_run(run: Path | str, overrides: Sequence[str]) -> tuple[Path, Source]:
@@ -244,7 +245,7 @@ def _choose(dataset: TokenizedDataset, examples: list[Example], renderer: Render
         if example.task is not None:
             groups.setdefault(example.task, []).append(index)
     groups[None] = list(range(len(examples)))
-    answered = _spread([index for index, example in enumerate(examples) if example.text is None], limit)
+    answered = spread([index for index, example in enumerate(examples) if example.text is None], limit)
     prompts = [renderer.prompt_ids(examples[index]) for index in answered]
     references = [examples[index].references or (renderer.reference(examples[index]),) for index in answered]
     return _Rows(dataset, examples, groups, answered, prompts, references, {})
@@ -265,11 +266,11 @@ def _leave_unanswered(model: PreTrainedModel, rows: _Rows, max_new_tokens: int) 
     )
 
 
-def _spread(indices: list[int], limit: int) -> list[int]:
-    """At most `limit` of `indices`, evenly spread: rows often stand in the order of their tasks."""
-    if len(indices) <= limit:
-        return indices
-    return [indices[(2 * k + 1) * len(indices) // (2 * limit)] for k in range(limit)]
+def spread(items: list[_Item], limit: int) -> list[_Item]:
+    """At most `limit` of `items`, evenly spread: rows often stand in the order of their tasks."""
+    if len(items) <= limit:
+        return items
+    return [items[(2 * k + 1) * len(items) // (2 * limit)] for k in range(limit)]
 
 
 def _measure(
@@ -372,7 +373,7 @@ def _table_rows(task: str, part: TaskReport) -> list[list[object]]:
     ]
 
 
-def _shortened(text: str) -> str:
+def shortened(text: str) -> str:
     """One line of a table; evaluation.json has the whole text."""
     line = " ".join(text.split())
     return line if len(line) <= _SHOWN_CHARACTERS else line[: _SHOWN_CHARACTERS - 1] + "…"

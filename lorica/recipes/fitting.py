@@ -6,7 +6,7 @@ Every offer was rehearsed. A kind of change that harms more is tried only where 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -105,7 +105,7 @@ def _harmful(config: RunConfig, setting: Setting) -> Iterator[tuple[str, Any, st
     while length >= _SHORTEST_LENGTH:
         yield "data.max_length", length, _FEWER_ROWS
         length //= 2
-    rank = config.method.rank // 2
+    rank = getattr(config.method, "rank", 0) // 2
     while rank >= _SMALLEST_RANK:
         yield "method.rank", rank, _WEAKER
         rank //= 2
@@ -118,6 +118,8 @@ def _overrides(changes: Mapping[str, Any]) -> list[str]:
 def _changed(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
     for key, value in changes.items():
         section, _, field = key.partition(".")
-        changed = getattr(config, section).model_copy(update={field: value})
+        before = getattr(config, section)
+        plain = section == "method"
+        changed = replace(before, **{field: value}) if plain else before.model_copy(update={field: value})
         config = config.model_copy(update={section: changed})
     return config

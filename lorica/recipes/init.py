@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lorica.config import SECTIONS, load_config
+from lorica.config import load_config
+from lorica.config import sections as config_sections
 from lorica.errors import ConfigError
 from lorica.recipes import console
 from lorica.strict_yaml import dump_value
@@ -165,7 +166,7 @@ def render(data: str, base: str, output: Path, rows: Rows | None) -> str:
     for name, entries in sections.items():
         lines += ["", f"{name}:"]
         for key, value, comment in entries:
-            meaning = comment or SECTIONS[name].model_fields[key].description
+            meaning = comment or config_sections()[name].model_fields[key].description
             lines.append(f"  {f'{key}: {dump_value(value)}':<28}  # {meaning}")
     return "\n".join(lines) + "\n"
 

@@ -23,7 +23,6 @@ from lorica.methods.attach import adapt, trainable_parameters
 from lorica.models.load import EMBEDDED, load_model, pick_device
 from lorica.models.loss import make_loss
 from lorica.recipes.rehearsing import Setting, batch_lengths, num_micro_batches
-from lorica.recipes.train import make_method_options
 from lorica.training.metrics import peak_memory_bytes
 from lorica.training.optim import clip_gradients, make_optimizer
 from lorica.training.rehearsal import Rehearsal, example_batch
@@ -99,7 +98,7 @@ def measure_steps(text: str) -> None:
         config.model.base, dtype=config.model.dtype, device=config.model.device, revision=config.model.revision
     )
     loss_fn = make_loss(model)
-    adapt(model, make_method_options(config.method))
+    adapt(model, config.method)
     if config.train.activation_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     trained = trainable_parameters(model.train())

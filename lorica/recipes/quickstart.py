@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lorica.assets.handbook import write_handbook
-from lorica.config import DataConfig, EvalConfig, MethodConfig, ModelConfig, RunConfig, TrainConfig, dump_yaml
+from lorica.config import DataConfig, EvalConfig, ModelConfig, RunConfig, TrainConfig, dump_yaml
 from lorica.errors import ConfigError
 from lorica.files import write_json
+from lorica.methods.lora import LoRA
 from lorica.recipes import console
 from lorica.recipes.evaluate import EvaluationReport, Sample, Scores, evaluate
 from lorica.recipes.export import ExportResult, export
@@ -95,7 +96,7 @@ def _fresh(output: Path) -> Path:
 def _config(output: Path, train_rows: Path, eval_rows: Path, seed: int) -> RunConfig:
     return RunConfig(
         model=ModelConfig(base="embedded"),
-        method=MethodConfig(name="lora", rank=16, alpha=32.0, targets="all-linear"),
+        method=LoRA(rank=16, alpha=32.0),
         data=DataConfig(train=str(train_rows), eval=str(eval_rows), max_length=256),
         train=TrainConfig(
             output=str(output / "run"),

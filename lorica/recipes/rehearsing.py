@@ -18,7 +18,6 @@ from lorica.data.tokenized import Int64
 from lorica.errors import ModelError
 from lorica.models.load import pick_device, pick_dtype
 from lorica.recipes.preparing import base_config, prepare, why_padded
-from lorica.recipes.train import make_method_options
 from lorica.training.rehearsal import Rehearsal, rehearse
 
 ASSUMED_LENGTH = 512
@@ -93,7 +92,7 @@ def rehearse_run(config: RunConfig, setting: Setting) -> Rehearsal:
     """A step of the run as `config` says, on the data of `setting`."""
     return rehearse(
         setting.base,
-        make_method_options(config.method),
+        config.method,
         dtype=run_dtype(config, setting),
         device=setting.device,
         lengths=batch_lengths(config, setting),

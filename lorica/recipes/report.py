@@ -59,7 +59,7 @@ def draw_curves(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
     if steps:
         x, losses = [row["step"] for row in steps], [row["loss"] for row in steps]
         upper.plot(x, losses, color=_BLUE, alpha=0.25, linewidth=1)
-        upper.plot(x, _smooth(losses), color=_BLUE, linewidth=1.8, label="training loss (smoothed)")
+        upper.plot(x, smooth(losses), color=_BLUE, linewidth=1.8, label="training loss (smoothed)")
         lower.plot(x, [row["lr"] for row in steps], color=_GREY, linewidth=1.5)
     if evaluations:
         x, losses = [row["step"] for row in evaluations], [row["eval_loss"] for row in evaluations]
@@ -77,13 +77,13 @@ def draw_curves(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
     figure.savefig(file, dpi=130)
 
 
-def _smooth(values: Sequence[float]) -> list[float]:
+def smooth(values: Sequence[float]) -> list[float]:
     """Exponential moving average over about a fiftieth of the run, without the bias of its start."""
     keep = 1 - 1 / max(1.0, len(values) / 50)
-    smooth, weight, result = 0.0, 0.0, []
+    average, weight, result = 0.0, 0.0, []
     for value in values:
-        smooth, weight = keep * smooth + (1 - keep) * value, keep * weight + (1 - keep)
-        result.append(smooth / weight)
+        average, weight = keep * average + (1 - keep) * value, keep * weight + (1 - keep)
+        result.append(average / weight)
     return result
 
 

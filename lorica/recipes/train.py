@@ -7,7 +7,7 @@ The run folder:
     checkpoints/                     whole, hashed, resumable; the best one always stays
     adapter/                         a PEFT folder: the best weights by evaluation loss, the last ones without
     report.md  curves.png            what came of it
-    result.json                      the same for programs; written last, so it stands for a finished run
+    result.json                      the same for programs; written last, so the adapter beside it is whole
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import rich.style  # noqa: F401
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
-from lorica.config import MethodConfig, Resolved, RunConfig, dump_yaml, load_config
+from lorica.config import Resolved, RunConfig, dump_yaml, load_config, values
 from lorica.data.packing import ROUND_TO, Batch, pack, pad
 from lorica.data.sampler import Order, micro_batches
 from lorica.data.tokenized import TokenizedDataset
@@ -37,7 +37,6 @@ from lorica.files import read_json_object, write_json, write_text
 from lorica.interop.peft import check_adapter_folder, load_adapter, save_adapter
 from lorica.kernels.pool import install_pool
 from lorica.methods.attach import adapt, detach, trainable_parameters
-from lorica.methods.method import MethodOptions, method_options
 from lorica.models.load import base_fingerprint, load_model
 from lorica.models.loss import LossFunction, make_loss
 from lorica.recipes import console
@@ -102,6 +101,8 @@ def train(
     resume: str | Path | None = None,
     dry_run: bool = False,
     allow_data_change: bool = False,
+    stop_at: int | None = None,
+    data: PreparedRun | None = None,
 ) -> TrainResult | PlanReport:
     """Train an adapter as `config` says.
 
@@ -111,6 +112,9 @@ def train(
             is none), a path goes on from that checkpoint.
         dry_run: read and check everything, predict memory and time, train and write nothing; gives the plan.
         allow_data_change: resume although the data is not what it was.
+        stop_at: pause after this many steps, with the adapter so far. The schedule stays that of the whole run, and
+            resuming goes on with it as if it had not paused.
+        data: what `prepare` gave for this configuration's rows; None: it is called here.
 
     Raises:
         LoricaError: each kind with its own exit code; see `errors.py`.
@@ -127,22 +131,15 @@ def train(
         torch.set_num_threads(config.train.threads)
     output = Path(config.train.output)
     with RunLock(output):
-        return _train_locked(config, resolved, output, resume, allow_data_change)
-
-
-def _train_locked(
-    config: RunConfig, resolved: Resolved | RunConfig, output: Path, resume: str | Path | None, allow_data_change: bool
-) -> TrainResult:
-    """The story: checkpoint and rows, what is left to do, the run, the finish."""
-    check_adapter_folder(output / "adapter")
-    checkpoint = _find_checkpoint(output / "checkpoints", resume)
-    work = _lay_out(config)
-    if checkpoint is not None:
-        earlier = _nothing_to_do(output, checkpoint, work, allow_data_change)
-        if earlier is not None:
-            return earlier
-    model, result = _run(config, resolved, output, work, checkpoint)
-    return _finish(model, output, work.data, result, checkpoint)
+        check_adapter_folder(output / "adapter")
+        checkpoint = _find_checkpoint(output / "checkpoints", resume)
+        work = _lay_out(config, data)
+        if checkpoint is not None:
+            earlier = _nothing_to_do(output, checkpoint, work, allow_data_change)
+            if earlier is not None:
+                return earlier
+        model, result = _run(config, resolved, output, work, checkpoint, stop_at)
+        return _finish(model, output, work, result, checkpoint)
 
 
 def _refuse_moved(run: Resolved) -> None:
@@ -157,24 +154,28 @@ def _refuse_moved(run: Resolved) -> None:
         )
 
 
-def _lay_out(config: RunConfig) -> _Work:
+def _lay_out(config: RunConfig, data: PreparedRun | None) -> _Work:
     """The rows, their order, and what a checkpoint of this run must agree with."""
     base = base_config(config.model)
-    data = prepare(config)
+    data = prepare(config) if data is None else data
     _refuse_misfits(config, data, base)
     padding = why_padded(config, base)
     if padding is not None:
         console.log(padding)
     padded = padding is not None
-    order = Order(
-        data.train.lengths,
+    return _Work(data, make_order(config, data.train, padded), padded, _identity(config, data, padded))
+
+
+def make_order(config: RunConfig, dataset: TokenizedDataset, padded: bool) -> Order:
+    """The order of a run's training samples, which also says how many steps it has."""
+    return Order(
+        dataset.lengths,
         seed=config.train.seed,
         batch_tokens=config.train.batch_tokens,
         epochs=config.train.epochs,
         padded=padded,
         max_steps=config.train.max_steps,
     )
-    return _Work(data, order, padded, _identity(config, data, padded))
 
 
 def _nothing_to_do(output: Path, checkpoint: Checkpoint, work: _Work, allow_data_change: bool) -> TrainResult | None:
@@ -200,12 +201,16 @@ def _nothing_to_do(output: Path, checkpoint: Checkpoint, work: _Work, allow_data
 
 
 def _run(
-    config: RunConfig, resolved: Resolved | RunConfig, output: Path, work: _Work, checkpoint: Checkpoint | None
+    config: RunConfig,
+    resolved: Resolved | RunConfig,
+    output: Path,
+    work: _Work,
+    checkpoint: Checkpoint | None,
+    stop_at: int | None,
 ) -> tuple[PreTrainedModel, LoopResult]:
     """Load, attach, train: the model with its last weights, and what the loop came to."""
     settings, data = config.train, work.data
     console.log(f"{len(data.train):,} training samples, {work.order.num_steps:,} steps")
-    options = make_method_options(config.method)
     install_pool()
     model = load_model(
         config.model.base, dtype=config.model.dtype, device=config.model.device, revision=config.model.revision
@@ -215,7 +220,7 @@ def _run(
         check_identity({"model": checkpoint.state["identity"]["model"]}, {"model": identity["model"]})
     loss_fn = make_loss(model)
     seed_everything(settings.seed)
-    adapt(model, options)
+    adapt(model, config.method)
     if settings.activation_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     _write_beginning(output, config, resolved, model.device, identity["model"]["dtype"])
@@ -231,14 +236,16 @@ def _run(
         ),
         resume=checkpoint,
         identity=identity,
+        stop_at=stop_at,
     )
     return model, result
 
 
 def _finish(
-    model: PreTrainedModel, output: Path, data: PreparedRun, result: LoopResult, checkpoint: Checkpoint | None
+    model: PreTrainedModel, output: Path, work: _Work, result: LoopResult, checkpoint: Checkpoint | None
 ) -> TrainResult:
     """Save the best weights and prove them, then report; result.json comes last."""
+    data = work.data
     adapter_step = _take_best(model, output, result)
     num_trainable = sum(p.numel() for p in trainable_parameters(model).values())
     num_total = sum(p.numel() for p in model.parameters())
@@ -246,7 +253,7 @@ def _finish(
     done = TrainResult(
         output=str(output),
         adapter=str(output / "adapter"),
-        status="stopped early" if result.stopped_early else "finished",
+        status=_status(result, work.order.num_steps),
         steps=result.step,
         train_loss=result.loss,
         eval_loss=result.best_loss,
@@ -267,10 +274,10 @@ def _finish(
     return done
 
 
-def make_method_options(method: MethodConfig) -> MethodOptions:
-    """The method's options dataclass from the `method` section."""
-    values = method.model_dump()
-    return method_options(values.pop("name"))(**values)
+def _status(result: LoopResult, num_steps: int) -> str:
+    if result.stopped_early:
+        return "stopped early"
+    return "finished" if result.step >= num_steps else "paused"
 
 
 def seed_everything(seed: int) -> None:
@@ -352,7 +359,7 @@ def _identity(config: RunConfig, data: PreparedRun, padded: bool) -> dict[str, A
         exclude={"output", "seed", "batch_tokens", "threads", "keep_checkpoints", "log_every"}
     )
     return {
-        "method": config.method.model_dump(),
+        "method": values(config)["method"],
         "data": {
             "train": data.train.fingerprint(),
             "eval": None if data.eval is None else data.eval.fingerprint(),

@@ -150,6 +150,7 @@ def run_loop(
     evaluate: Callable[[], Mapping[str, float]] | None,
     resume: Checkpoint | None,
     identity: Mapping[str, Any],
+    stop_at: int | None = None,
 ) -> LoopResult:
     """Train every parameter of `model` that requires a gradient, in place, from the start or from `resume`.
 
@@ -160,6 +161,8 @@ def run_loop(
         evaluate: gives at least `loss`, the mean over the evaluation tokens; each `name` is logged as `eval_name`.
             Called in evaluation mode, without gradients.
         identity: JSON, saved with each checkpoint; see `identity.py`.
+        stop_at: leave with a checkpoint once this many steps are done. The schedule stays that of the whole run, which
+            goes on when it is resumed.
 
     Raises:
         DivergedError: loss or gradient is NaN or infinite and `on_nan` is `stop`, or in `MAX_SKIPS` steps on end.
@@ -190,14 +193,15 @@ def run_loop(
                 display.evaluation(row)
 
             finished = not pending and (counters.stopped_early or counters.step >= num_steps)
+            leaving = finished or (not pending and stop_at is not None and counters.step >= stop_at)
             # Read once: a signal that came between saving and leaving would leave with nothing saved.
             signal_number = stop.signal_number
-            due = finished or signal_number is not None or _is_due(counters.step, options.save_every, num_steps)
+            due = leaving or signal_number is not None or _is_due(counters.step, options.save_every, num_steps)
             if improved or (due and saved_step != counters.step):
                 log.sync()
                 _save(run, identity, finished)
                 saved_step = counters.step
-            if finished:
+            if leaving:
                 return _result(run)
             if signal_number is not None:
                 raise StoppedError(
@@ -320,6 +324,8 @@ def _optimize(run: _Run, batches: list[Batch]) -> tuple[float | None, float, str
         counters.skips_in_a_row += 1
     else:
         run.optimizer.step()
+        if run.wrapped:
+            run.wrapped[0].options.after_step(run.model, counters.step + 1, run.order.num_steps)
         counters.loss, counters.skips_in_a_row = loss, 0
     run.optimizer.zero_grad(set_to_none=True)
     return loss, norm_value, skipped

@@ -47,8 +47,8 @@ def test_every_pattern_that_matches_nothing_is_named_with_what_is_near(tiny_llam
     assert not lorica.adapters(model) and all(p.requires_grad for p in model.parameters())
 
 
-def test_a_broken_regular_expression_is_a_target_error(tiny_llama: Make) -> None:
-    with pytest.raises(TargetError, match="not a regular expression"):
+def test_a_broken_regular_expression_is_a_configuration_error(tiny_llama: Make) -> None:
+    with pytest.raises(ConfigError, match="no valid regular expression"):
         targets(tiny_llama(), "q_proj(")
 
 

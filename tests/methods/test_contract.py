@@ -12,8 +12,9 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import lorica
+from lorica.errors import NotMergeableError
 from lorica.methods.lora import LoRA
-from lorica.methods.method import MethodOptions
+from lorica.methods.method import MethodOptions, method_options
 
 METHODS: dict[str, MethodOptions] = {
     "lora": LoRA(rank=4, alpha=8, targets="layer"),
@@ -59,10 +60,22 @@ def options(request: pytest.FixtureRequest) -> MethodOptions:
 
 
 @pytest.fixture(params=KINDS)
-def case(request: pytest.FixtureRequest) -> tuple[Holder, torch.Tensor]:
+def case(request: pytest.FixtureRequest, options: MethodOptions) -> tuple[Holder, torch.Tensor]:
     torch.manual_seed(0)
     make, draw = KINDS[request.param]
-    return Holder(make()), draw()
+    module = make()
+    if not isinstance(module, options.linear_kinds + options.other_kinds):
+        pytest.skip(f"{options.method_name()} does not wrap a {type(module).__name__}")
+    return Holder(module), draw()
+
+
+def merged_or_skip(model: nn.Module) -> nn.Module:
+    try:
+        return lorica.merge(model)
+    except NotMergeableError as error:
+        # A method that is no change of weights says so, with the reason.
+        assert len(str(error)) > 20
+        pytest.skip(str(error))
 
 
 def test_the_start_equals_the_base_exactly(options: MethodOptions, case: Any) -> None:
@@ -77,7 +90,7 @@ def test_only_the_adapter_is_trained_and_the_base_never_changes(options: MethodO
     before = weights_hash(base)
     lorica.adapt(model, options)
     parameters = lorica.trainable_parameters(model)
-    assert parameters and all(".lora_" in name for name in parameters)
+    assert parameters and all(name.startswith("layer.") and ".base." not in name for name in parameters)
     assert lorica.adapters(model)["layer"].num_parameters() == sum(p.numel() for p in parameters.values())
     optimizer = torch.optim.AdamW(parameters.values(), lr=0.1)
     start = {name: p.detach().clone() for name, p in parameters.items()}
@@ -93,7 +106,7 @@ def test_merged_equals_adapted_and_is_plain(options: MethodOptions, case: Any) -
     model, x = case
     kind = type(model.layer)
     randomise(lorica.adapt(model, options))
-    plain = lorica.merge(model)
+    plain = merged_or_skip(model)
     torch.testing.assert_close(plain(x), model(x), atol=1e-5, rtol=1e-5)
     assert type(plain.layer) is kind and not lorica.adapters(plain)
     assert lorica.adapters(model), "the original must stay adapted"
@@ -104,7 +117,6 @@ def test_detach_gives_the_base_back_bit_for_bit(options: MethodOptions, case: An
     base, before, out = model.layer, weights_hash(model), model(x)
     randomise(lorica.adapt(model, options))
     assert not torch.equal(model(x), out)
-    lorica.merge(model)
     assert lorica.detach(model).layer is base
     assert weights_hash(model) == before and torch.equal(model(x), out)
 
@@ -121,7 +133,7 @@ def test_masters_are_float32_and_the_product_runs_in_the_bases_dtype(options: Me
     assert all(
         p.grad is not None and p.grad.dtype is torch.float32 for p in lorica.trainable_parameters(model).values()
     )
-    merged = lorica.merge(model)(x).float()
+    merged = merged_or_skip(model)(x).float()
     torch.testing.assert_close(merged, out.float(), atol=0.2, rtol=0.05)
 
 
@@ -129,3 +141,18 @@ def test_the_wrapper_shows_the_bases_weight(options: MethodOptions, case: Any) -
     model, _ = case
     weight = model.layer.weight
     assert lorica.adapt(model, options).layer.weight is weight
+
+
+def test_saved_tensors_are_the_adapters_own_and_have_the_shapes_that_are_foretold(
+    options: MethodOptions, case: Any
+) -> None:
+    model, _ = case
+    foretold = options.shapes(model.layer, "layer")
+    saved = lorica.adapt(model, options).layer.saved_tensors()
+    assert {name: tuple(tensor.shape) for name, tensor in saved.items()} == foretold
+    own = {tensor.data_ptr() for tensor in (*model.layer.parameters(), *model.layer.buffers())}
+    assert {tensor.data_ptr() for tensor in saved.values()} <= own
+
+
+def test_the_method_is_found_by_its_name(options: MethodOptions) -> None:
+    assert method_options(options.method_name()) is type(options)

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from lorica.config import DataConfig, MethodConfig, ModelConfig, RunConfig, TrainConfig
+from lorica.config import DataConfig, ModelConfig, RunConfig, TrainConfig
+from lorica.methods.lora import LoRA
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
@@ -87,7 +88,7 @@ def make_config(tiny_base: Path, rows: Path) -> Callable[..., RunConfig]:
     ) -> RunConfig:
         return RunConfig(
             model=ModelConfig(base=str(base), device="cpu", dtype="float32"),
-            method=MethodConfig(**{"rank": 4, "alpha": 8.0, "dropout": 0.1, **(method or {})}),
+            method=LoRA(**{"rank": 4, "alpha": 8.0, "dropout": 0.1, **(method or {})}),
             data=DataConfig(**{"train": str(rows), "eval": 0.1, "max_length": 64, **(data or {})}),
             train=TrainConfig(
                 **{

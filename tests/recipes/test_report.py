@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from lorica.recipes.report import _smooth, draw_curves, markdown_table, run_sections, write_run_report
+from lorica.recipes.report import draw_curves, markdown_table, run_sections, smooth, write_run_report
 
 RESULT: dict[str, Any] = {
     "status": "finished",
@@ -74,10 +74,10 @@ def test_any_run_can_be_drawn(tmp_path: Path, rows: list[dict[str, Any]]) -> Non
 
 def test_smoothing_is_the_unbiased_average() -> None:
     """Adam's correction (arXiv 1412.6980, section 3): a constant stays itself from the first value on."""
-    assert _smooth([3.0] * 50) == pytest.approx([3.0] * 50)
+    assert smooth([3.0] * 50) == pytest.approx([3.0] * 50)
     values = [math.sin(n) for n in range(100)]
     keep = 1 - 1 / 2
     weights = [keep ** (99 - n) for n in range(100)]
     expected = sum(w * v for w, v in zip(weights, values, strict=True)) / sum(weights)
-    assert _smooth(values)[-1] == pytest.approx(expected)
-    assert _smooth([1.0, 2.0]) == [1.0, 2.0] and _smooth([]) == []
+    assert smooth(values)[-1] == pytest.approx(expected)
+    assert smooth([1.0, 2.0]) == [1.0, 2.0] and smooth([]) == []
