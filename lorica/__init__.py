@@ -20,17 +20,29 @@ if TYPE_CHECKING:
     from lorica.config import RunConfig
     from lorica.errors import LoricaError
     from lorica.interop.peft import load_adapter, save_adapter
+    from lorica.methods.adalora import AdaLoRA
     from lorica.methods.attach import adapt, adapters, detach, merge, trainable_parameters
+    from lorica.methods.bottleneck import Bottleneck
+    from lorica.methods.dora import DoRA
+    from lorica.methods.full import FullFineTuning
+    from lorica.methods.ia3 import IA3
     from lorica.methods.lora import LoRA
+    from lorica.methods.vera import VeRA
     from lorica.models.load import load_model, load_tokenizer
     from lorica.recipes.train import train
 
 __version__ = "0.1.0"
 
-__all__ = [
+__all__ = [  # noqa: RUF022 - sorted as dir() sorts
+    "AdaLoRA",
+    "Bottleneck",
+    "DoRA",
+    "FullFineTuning",
+    "IA3",
     "LoRA",
     "LoricaError",
     "RunConfig",
+    "VeRA",
     "__version__",
     "adapt",
     "adapters",
@@ -45,9 +57,15 @@ __all__ = [
 ]
 
 _HOMES = {
+    "AdaLoRA": "lorica.methods.adalora",
+    "Bottleneck": "lorica.methods.bottleneck",
+    "DoRA": "lorica.methods.dora",
+    "FullFineTuning": "lorica.methods.full",
+    "IA3": "lorica.methods.ia3",
     "LoRA": "lorica.methods.lora",
     "LoricaError": "lorica.errors",
     "RunConfig": "lorica.config",
+    "VeRA": "lorica.methods.vera",
     "adapt": "lorica.methods.attach",
     "adapters": "lorica.methods.attach",
     "detach": "lorica.methods.attach",

@@ -47,6 +47,7 @@ app = typer.Typer(
 )
 data_app = typer.Typer(help="Look at the rows before they are trained on.", rich_markup_mode=None, no_args_is_help=True)
 config_app = typer.Typer(help="Look at a configuration.", rich_markup_mode=None, no_args_is_help=True)
+adapter_app = typer.Typer(help="Look at adapters and compute with them.", rich_markup_mode=None, no_args_is_help=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -430,5 +431,103 @@ def config_show(config: Config, overrides: Overrides = None, json: Json = False)
     _finish(json, show)
 
 
+AdapterPath = Annotated[
+    str, typer.Argument(metavar="ADAPTER", help="An adapter folder, or a run folder.", show_default=False)
+]
+NewRank = Annotated[int | None, typer.Option(min=1, help="Rank of the result, by truncated SVD.", show_default=False)]
+
+
+@adapter_app.command("inspect", epilog="Example: lorica adapter inspect runs/first")
+def adapter_inspect(
+    adapter: AdapterPath,
+    base: Annotated[str | None, typer.Option(help="Compare with this base's weights.")] = None,
+    json: Json = False,
+) -> None:
+    """Show modules, shapes, ranks, scales and sizes."""
+    from lorica.recipes.adapter import inspect
+
+    _finish(json, lambda: inspect(adapter, base=base))
+
+
+@adapter_app.command("verify", epilog="Example: lorica adapter verify runs/first")
+def adapter_verify(
+    adapter: AdapterPath,
+    base: Annotated[str | None, typer.Option(help="The base, if not the one it names.")] = None,
+    json: Json = False,
+) -> None:
+    """Prove that it fits its base and changes it.
+
+    Leaves with 1 if a tensor has no place or no logit changes.
+    """
+    from lorica.recipes.adapter import verify
+
+    _finish(json, lambda: verify(adapter, base=base))
+
+
+@adapter_app.command("convert", epilog="Example: lorica adapter convert runs/first --rank 8 --output small")
+def adapter_convert(
+    adapter: Annotated[
+        str,
+        typer.Argument(metavar="ADAPTER|FILE", help="An adapter, or loralib's state.safetensors.", show_default=False),
+    ],
+    output: Output,
+    rank: NewRank = None,
+    base: Annotated[str | None, typer.Option(help="loralib: the base.")] = None,
+    alpha: Annotated[float | None, typer.Option(help="loralib: lora_alpha.")] = None,
+    enabled: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=0|1,...", help="loralib: enable_lora, as in c_attn=1,0,1.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Write it with another rank, its scale in B."""
+    flags: dict[str, list[bool]] = {}
+    for item in enabled or []:
+        name, _, bits = item.partition("=")
+        if not name or not bits or not set(bits.split(",")) <= {"0", "1"}:
+            raise typer.BadParameter(f"--enabled is {item!r}; write it like c_attn=1,0,1")
+        flags[name] = [bit == "1" for bit in bits.split(",")]
+    from lorica.recipes.adapter import convert
+
+    _finish(json, lambda: convert(adapter, output, rank=rank, base=base, alpha=alpha, enabled=flags))
+
+
+@adapter_app.command("combine", epilog="Example: lorica adapter combine runs/a=0.7 runs/b=0.3 --how svd --output both")
+def adapter_combine(
+    adapters: Annotated[
+        list[str], typer.Argument(metavar="ADAPTER[=WEIGHT]", help="Two or more; weight 1 if none.", show_default=False)
+    ],
+    output: Output,
+    how: Annotated[Literal["linear", "cat", "svd", "ties", "dare"], typer.Option(help="See docs/adapters.md.")] = "svd",
+    rank: NewRank = None,
+    density: Annotated[float, typer.Option(min=0.0, max=1.0, help="ties, dare: share that is kept.")] = 0.5,
+    seed: Annotated[int, typer.Option(min=0, help="dare: seed of what is dropped.")] = 0,
+    json: Json = False,
+) -> None:
+    """Write several adapters of one base as one."""
+    from lorica.recipes.adapter import combine_adapters
+
+    _finish(json, lambda: combine_adapters(adapters, output, how, rank=rank, density=density, seed=seed))
+
+
+@adapter_app.command(
+    "scale",
+    epilog="Example: lorica adapter scale runs/first 0.5 --output half",
+    context_settings={"ignore_unknown_options": True},  # -0.5 is a number
+)
+def adapter_scale(
+    adapter: AdapterPath,
+    factor: Annotated[
+        float, typer.Argument(metavar="FACTOR", help="What the update is multiplied by.", show_default=False)
+    ],
+    output: Output,
+    json: Json = False,
+) -> None:
+    """Write it with its update multiplied."""
+    from lorica.recipes.adapter import scale
+
+    _finish(json, lambda: scale(adapter, factor, output))
+
+
 app.add_typer(data_app, name="data")
 app.add_typer(config_app, name="config")
+app.add_typer(adapter_app, name="adapter")

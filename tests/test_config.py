@@ -236,7 +236,7 @@ def test_all_faults_of_file_and_command_line_at_once(write: Write) -> None:
     text = "\n".join(faults)
     assert "did you mean 'dtype'?" in text and "did you mean 'eval'?" in text
     assert "must be at least 1, got -1" in text and "must be a finite number, got nan" in text
-    assert "must be one of kaiming, gaussian, got text 'normal'" in text
+    assert "must be one of kaiming, gaussian, pissa, olora, got text 'normal'" in text
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ import lorica
 from lorica import errors
 from lorica.cli import main
 from lorica.config import load_config, sections
+from lorica.methods.method import method_names, method_options, option_fields
 from lorica.strict_yaml import dump_value
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,6 +29,7 @@ RUN = "<!-- run -->\n"
 # What makes a documented command short.
 SHORTER = {
     "train": ["train.max_steps=3"],
+    "sweep": ["train.max_steps=3"],
     "eval": ["eval.max_new_tokens=4"],
     "generate": ["--max-new-tokens", "4"],
 }
@@ -121,7 +123,7 @@ def listed_commands(capsys: pytest.CaptureFixture[str], *group: str) -> set[str]
 def test_the_table_of_commands_is_that_of_the_program(
     page: Path, head: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    groups = {"data", "config"}
+    groups = {"adapter", "config", "data"}
     known = listed_commands(capsys)
     assert groups < known
     known = (known - groups).union(*(listed_commands(capsys, group) for group in groups))
@@ -137,30 +139,31 @@ def test_the_table_of_exit_codes_has_every_error(page: Path, head: str) -> None:
     assert shown == {0, *stopped, *(kind.exit_code for kind in kinds if issubclass(kind, errors.LoricaError))}
 
 
-def field_rows() -> dict[str, tuple[list[str], str, str]]:
-    """Each field's choices, default and meaning, as docs/configuration.md should have them."""
-    rows = {}
+def field_rows() -> list[tuple[str, list[str], str, str]]:
+    """Each field's key, choices, default and meaning, as docs/configuration.md should have them, in its order."""
+    rows = []
     for name, section in sections().items():
-        for key, info in section.model_fields.items():
-            choices = (
-                [str(c) for c in get_args(info.annotation)] if "Literal" in str(get_origin(info.annotation)) else []
-            )
+        fields = dict(section.model_fields)
+        groups = [fields]
+        if name == "method":
+            # Its own key, and then the fields of each method in turn.
+            groups = [{"name": fields["name"]}]
+            groups += [dict(option_fields(method_options(method)).model_fields) for method in method_names()]
+        for key, info in (item for group in groups for item in group.items()):
+            is_choice = "Literal" in str(get_origin(info.annotation))
+            choices = [str(choice) for choice in get_args(info.annotation)] if is_choice else []
             default = "required" if info.is_required() else f"`{dump_value(info.default)}`"
-            rows[f"{name}.{key}"] = (choices, default, info.description or "")
+            rows.append((f"{name}.{key}", choices, default, info.description or ""))
     return rows
 
 
 def test_configuration_lists_every_field_as_the_program_describes_it() -> None:
     page = ROOT / "docs/configuration.md"
-    lines = re.findall(r"^\| `(\w+\.\w+)` \| (.*) \| (.*?) \| (.*) \|$", page.read_text(encoding="utf-8"), re.M)
-    shown = {key: (values, default, meaning) for key, values, default, meaning in lines}
+    lines = re.findall(r"^\| `(\w+\.\w+)` \| (.*?) \| (.*?) \| (.*) \|$", page.read_text(encoding="utf-8"), re.M)
     wanted = field_rows()
-    assert list(shown) == list(wanted)
-    for key, (choices, default, meaning) in wanted.items():
-        values, shown_default, shown_meaning = shown[key]
-        assert (shown_default, shown_meaning) == (default, meaning), (
-            f"wanted: | `{key}` | ... | {default} | {meaning} |"
-        )
+    assert [line[0] for line in lines] == [row[0] for row in wanted]
+    for (key, choices, default, meaning), (_, values, *shown) in zip(wanted, lines, strict=True):
+        assert shown == [default, meaning], f"wanted: | `{key}` | ... | {default} | {meaning} |"
         assert not choices or values == ", ".join(f"`{choice}`" for choice in choices), key
 
 

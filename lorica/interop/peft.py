@@ -15,8 +15,8 @@ Written for PEFT 0.21.2; the tests exchange folders with it both ways.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -44,6 +44,15 @@ _PEFT_VERSION = "0.21.2"
 Model = TypeVar("Model", bound=nn.Module)
 
 
+@dataclass(frozen=True)
+class AdapterFolder:
+    """What an adapter folder holds, read or to be written without its base. PEFT's own have no `base_fingerprint`."""
+
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]
+    base_fingerprint: str | None
+
+
 def save_adapter(model: nn.Module, folder: str | Path) -> Path:
     """Save the model's adapters, whole or not at all, and read them back: as a PEFT folder if PEFT has the method.
 
@@ -54,20 +63,25 @@ def save_adapter(model: nn.Module, folder: str | Path) -> Path:
         AdapterError: there is nothing to save, a weight is not finite, `folder` holds something else, or what was
             written does not read back as it was.
     """
-    folder = Path(folder)
     found = adapters(model)
     if not found:
         raise AdapterError("Not saved: the model carries no adapters.")
-    tensors = {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in _tensors(found).items()}
+    return write_folder(folder, AdapterFolder(_config(model, found), _tensors(found), base_fingerprint(model)))
+
+
+def write_folder(folder: str | Path, content: AdapterFolder) -> Path:
+    """Write an adapter folder, whole or not at all, and read it back; as `save_adapter`, without a model."""
+    folder = Path(folder)
+    tensors = {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in content.tensors.items()}
     broken = [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
     if broken:
         raise AdapterError(f"Not saved: {len(broken)} tensors hold NaN or infinity, the first is {broken[0]}.")
     check_adapter_folder(folder)
     with whole_folder(folder) as temporary:
         save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
-        write_json(temporary / CONFIG, _config(model, found))
+        write_json(temporary / CONFIG, content.config)
         files = {name: sha256(temporary / name) for name in (WEIGHTS, CONFIG)}
-        write_json(temporary / PROOF, {"format": 1, "base_fingerprint": base_fingerprint(model), "sha256": files})
+        write_json(temporary / PROOF, {"format": 1, "base_fingerprint": content.base_fingerprint, "sha256": files})
         _prove(tensors, temporary)
     return folder
 
@@ -76,6 +90,20 @@ def check_adapter_folder(folder: Path) -> None:
     """Refuse, with an AdapterError, a folder that holds something else than an adapter: saving would replace it."""
     if folder.exists() and not (folder / CONFIG).is_file() and (not folder.is_dir() or any(folder.iterdir())):
         raise AdapterError(f"Not saved: {folder} exists and is no adapter folder. Choose an empty or a new one.")
+
+
+def read_folder(folder: str | Path) -> AdapterFolder:
+    """What an adapter folder holds, its hashes checked where it has them.
+
+    Raises:
+        AdapterError: it is no adapter folder, or damaged.
+    """
+    folder = Path(folder)
+    config = _read_config(folder)
+    fingerprint = _read_proof(folder)
+    with _open_weights(folder) as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
+    return AdapterFolder(config, tensors, fingerprint)
 
 
 def load_adapter(model: Model, folder: str | Path) -> Model:
@@ -92,6 +120,9 @@ def load_adapter(model: Model, folder: str | Path) -> Model:
     _check_proof(model, folder)
     with _open_weights(folder) as file:
         shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 - not a dict
+        copies = [] if _OPTIONS in config else [key for key in shapes if _is_copy_of_base(key)]
+        for key in copies:
+            del shapes[key]
         options, names = _options(config, shapes, model, folder)
         _check_shapes(model, shapes, options, names, folder)
         try:
@@ -99,7 +130,7 @@ def load_adapter(model: Model, folder: str | Path) -> Model:
         except LoricaError as error:
             raise AdapterError(f"{folder}: {error}") from None
         try:
-            _copy_weights(model, file, folder)
+            _copy_weights(model, file, copies, folder)
         except AdapterError:
             detach(model)
             raise
@@ -172,9 +203,10 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _check_proof(model: nn.Module, folder: Path) -> None:
+def _read_proof(folder: Path) -> str | None:
+    """The fingerprint of the base, where it is known; AdapterError where a hash is not that of its file."""
     if not (folder / PROOF).is_file():
-        return
+        return None
     try:
         proof = read_json_object(folder / PROOF)
     except (OSError, ValueError) as error:
@@ -183,9 +215,14 @@ def _check_proof(model: nn.Module, folder: Path) -> None:
         if name in (WEIGHTS, CONFIG) and (folder / name).is_file() and sha256(folder / name) != digest:
             raise AdapterError(f"{folder / name} is damaged: its SHA-256 is not the one in {PROOF}.")
     expected = proof.get("base_fingerprint")
+    return None if expected is None else str(expected)
+
+
+def _check_proof(model: nn.Module, folder: Path) -> None:
+    expected = _read_proof(folder)
     if expected is not None and expected != base_fingerprint(model):
         raise AdapterError(
-            f"{folder} was made for another base: its fingerprint is {str(expected)[:12]}…, this model's is "
+            f"{folder} was made for another base: its fingerprint is {expected[:12]}…, this model's is "
             f"{base_fingerprint(model)[:12]}…. Load the base it was trained on; if that is in "
             "float16, in the same dtype."
         )
@@ -218,7 +255,7 @@ def _options(
         known = sorted({m.peft_type for m in methods if m.peft_type})
         raise AdapterError(f"{folder / CONFIG}: peft_type is {kind!r}; {', '.join(known)} can be loaded.")
     present = dict(model.named_modules())
-    keys = [key.removeprefix(_PREFIX) for key in shapes if not _is_copy_of_base(key)]
+    keys = [key.removeprefix(_PREFIX) for key in shapes]
     names = list(dict.fromkeys(name for key in keys if (name := _owner(key, present)) is not None))
     faults = [f"{key} belongs to no module of {type(model).__name__}" for key in keys if _owner(key, present) is None]
     if not names:
@@ -253,7 +290,7 @@ def _check_shapes(
     present = dict(model.named_modules())
     for name in names:
         module = model.get_submodule(name)
-        if not isinstance(module, options.linear_kinds + options.other_kinds):
+        if not options.takes(module):
             lost = [key for key in shapes if _owner(key.removeprefix(_PREFIX), present) == name]
             faults.append(f"{lost[0]}: {name} is a {type(module).__name__}, which {options.method_name()} cannot wrap")
             expected.update(lost)
@@ -265,15 +302,11 @@ def _check_shapes(
                 faults.append(f"{_PREFIX}{name}.{key} is missing")
             elif found != shape:
                 faults.append(f"{_PREFIX}{name}.{key} is {list(found)}, expected {list(shape)}")
-    faults += [
-        f"{key} is no tensor of {options.method_name()}"
-        for key in shapes.keys() - expected
-        if not _is_copy_of_base(key)
-    ]
+    faults += [f"{key} is no tensor of {options.method_name()}" for key in shapes.keys() - expected]
     _refuse(folder, faults)
 
 
-def _copy_weights(model: nn.Module, file: Any, folder: Path) -> None:
+def _copy_weights(model: nn.Module, file: Any, copies: Sequence[str], folder: Path) -> None:
     faults = []
     with torch.no_grad():
         for key, ours in _tensors(adapters(model)).items():
@@ -282,12 +315,11 @@ def _copy_weights(model: nn.Module, file: Any, folder: Path) -> None:
                 faults.append(f"{key} holds NaN or infinity")
             ours.copy_(tensor)
     present = dict(model.named_modules())
-    for key in file.keys():  # noqa: SIM118 - not a dict
-        if _is_copy_of_base(key):
-            module = present.get(key.removeprefix(_PREFIX).removesuffix(".weight").removesuffix(".base_layer"))
-            weight = getattr(module, "weight", None)
-            if weight is None or not torch.equal(file.get_tensor(key).to(weight), weight):
-                faults.append(f"{key} is not the base's: a trained embedding or head cannot be loaded")
+    for key in copies:
+        module = present.get(key.removeprefix(_PREFIX).removesuffix(".weight").removesuffix(".base_layer"))
+        weight = getattr(module, "weight", None)
+        if weight is None or not torch.equal(file.get_tensor(key).to(weight), weight):
+            faults.append(f"{key} is not the base's: a trained embedding or head cannot be loaded")
     _refuse(folder, faults)
 
 

@@ -13,7 +13,8 @@ import re
 from collections.abc import Sequence
 from typing import TypeVar
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from lorica.errors import ConfigError, TargetError
 from lorica.methods.method import Adapter, MethodOptions
@@ -53,6 +54,17 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
+def trained_state(model: nn.Module) -> dict[str, Tensor]:
+    """What a run changes, by name: every trainable parameter, and the buffers that adapters hold beside theirs."""
+    buffers = {
+        f"{name}.{key}": buffer
+        for name, adapter in adapters(model).items()
+        for key, buffer in adapter.named_buffers()
+        if not key.startswith("base.")
+    }
+    return {**trainable_parameters(model), **buffers}
+
+
 def detach(model: Model) -> Model:
     """Take every adapter off, in place: the base again, bit for bit. Adapted weights are lost unless they were
     saved.
@@ -70,7 +82,10 @@ def merge(model: Model) -> Model:
     Raises:
         NotMergeableError: one of the adapters is not a fixed change of weights.
     """
-    memo: dict[int, object] = {id(a): a.merged() for a in adapters(model).values()}
+    found = list(adapters(model).values())
+    merged = [adapter.merged() for adapter in found]
+    _tie_again(found, merged)
+    memo: dict[int, object] = {id(a): plain for a, plain in zip(found, merged, strict=True)}
     memo |= {id(t): t for t in (*model.parameters(), *model.buffers())}
     plain = copy.deepcopy(model, memo)
     _untie(plain)
@@ -83,12 +98,12 @@ def resolve_targets(model: nn.Module, options: MethodOptions) -> list[str]:
     Raises:
         TargetError: for every pattern that is no regular expression or matches nothing that can be wrapped.
     """
-    kinds = options.linear_kinds + options.other_kinds
     # The model itself, whose name is empty, cannot be replaced in place.
-    candidates = {name: m for name, m in model.named_modules() if name and isinstance(m, kinds)}
+    candidates = {name: m for name, m in model.named_modules() if name and options.takes(m)}
     for name in _read_but_not_called(model):
         candidates.pop(name, None)
-    patterns = (options.targets,) if isinstance(options.targets, str) else tuple(options.targets)
+    targets = options.patterns()
+    patterns = (targets,) if isinstance(targets, str) else targets
     if patterns == (ALL_LINEAR,):
         head = _output_head(model)
         names = [n for n, m in candidates.items() if isinstance(m, options.linear_kinds) and m is not head]
@@ -100,6 +115,12 @@ def resolve_targets(model: nn.Module, options: MethodOptions) -> list[str]:
         return names
     matches = {pattern: _matching(pattern, candidates) for pattern in patterns}
     faults = [_no_match(p, model, candidates) for p, found in matches.items() if not found]
+    if faults and targets != options.targets:
+        tails = sorted({name.rsplit(".", 1)[-1] for name in candidates})[:12]
+        raise TargetError(
+            f"targets: {type(model).__name__} has nothing of what {options.targets!r} stands for. "
+            f"Names that can be given: {', '.join(tails) or 'none'}."
+        )
     if faults or not patterns:
         raise TargetError("\n".join(faults) or "targets: the list is empty; name at least one module, or all-linear.")
     chosen = {name for found in matches.values() for name in found}
@@ -144,6 +165,18 @@ def _output_head(model: nn.Module) -> nn.Module | None:
     from transformers import PreTrainedModel
 
     return model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+
+
+def _tie_again(found: Sequence[Adapter], merged: Sequence[nn.Module]) -> None:
+    """Make parameters that were one in the base one again where merging gave them the same values."""
+    first: dict[int, nn.Parameter] = {}
+    for adapter, plain in zip(found, merged, strict=True):
+        for name, parameter in adapter.base.named_parameters(recurse=False):
+            mine = plain._parameters.get(name)
+            if mine is not None and mine is not parameter:
+                same = first.setdefault(id(parameter), mine)
+                if same is not mine and torch.equal(same, mine):
+                    plain._parameters[name] = same
 
 
 def _untie(model: nn.Module) -> None:

@@ -1,12 +1,20 @@
-"""How a low-rank pair starts. Each function fills A and B in place so that B A is zero, or says what it changes.
+"""How a low-rank pair starts: random with B A = 0, filled in place, or from the base's weight.
 
-Shapes: lora_a [rank, in], lora_b [out, rank].
+The latter give B A = B0 A0, not zero; the adapter takes it off again and trains the difference B A - B0 A0, so the base
+is never written and the output is the base's at the start. The papers put W - s B0 A0 into the base instead: the same
+function and the same gradients, in other words.
+
+Not here: EVA (arXiv 2410.07170) needs batches of data, LoRA-GA (2407.05000) a gradient of the whole model, LoftQ
+(2310.08659) a quantised base.
+
+Shapes: lora_a [rank, in], lora_b [out, rank], weight [out, in].
 """
 
 from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor, nn
 
 
@@ -28,4 +36,28 @@ def embedding(lora_a: Tensor, lora_b: Tensor) -> None:
     nn.init.normal_(lora_b)
 
 
+def pissa(weight: Tensor, rank: int, scale: float, niter: int | None) -> tuple[Tensor, Tensor]:
+    """s B A = the best approximation of W of this rank (Meng et al. 2024, arXiv 2404.02948).
+
+    A = sqrt(S / s) V^T and B = U sqrt(S / s). `niter` takes the randomised SVD with so many power iterations.
+    """
+    if niter is None:
+        u, s, vh = torch.linalg.svd(weight, full_matrices=False)
+    else:
+        u, s, v = torch.svd_lowrank(weight, q=rank, niter=niter)
+        vh = v.t()
+    root = (s[:rank] / scale).sqrt()
+    return root[:, None] * vh[:rank], u[:, :rank] * root
+
+
+def olora(weight: Tensor, rank: int, scale: float, niter: int | None) -> tuple[Tensor, Tensor]:
+    """B = the first columns of Q and A = the first rows of R in W = Q R (Büyükakyüz 2024, arXiv 2406.01775).
+
+    Neither the scale nor `niter` matters: the paper scales the product, and a QR decomposition is exact.
+    """
+    q, r = torch.linalg.qr(weight)
+    return r[:rank].contiguous(), q[:, :rank].contiguous()
+
+
 INITS = {"kaiming": kaiming, "gaussian": gaussian}
+FROM_WEIGHT = {"pissa": pissa, "olora": olora}

@@ -88,7 +88,8 @@ class Adapter(nn.Module, ABC):
     def saved_tensors(self) -> dict[str, Tensor]:
         """What makes this adapter, by its name on disk behind the module's: in PEFT's names where PEFT has the method.
 
-        The tensors are the adapter's own, so that loading copies into them.
+        The tensors are the adapter's own, so that loading copies into them; or they are computed, where `from_peft`
+        reads them back as a plainer adapter (LoRA's `pissa`, saved as LoRA of twice the rank).
         """
         return {
             name: tensor
@@ -102,8 +103,9 @@ class MethodOptions(ABC):
     """What every method's options have in common.
 
     Attributes:
-        targets: `"all-linear"` (every linear layer but the output head), or one pattern or several. A pattern is a regular expression that must match a module's whole dotted name, or a whole tail of
-            it after a dot: `q_proj`, `mlp.down_proj`, `layers.[0-3]..*_proj`.
+        targets: `"all-linear"` (every linear layer but the output head), or one pattern or several. A pattern is a
+            regular expression that must match a module's whole dotted name, or a whole tail of it after a dot:
+            `q_proj`, `mlp.down_proj`, `layers.[0-3]..*_proj`.
 
     Raises:
         ConfigError: fields that cannot be meant; all of them at once.
@@ -140,9 +142,17 @@ class MethodOptions(ABC):
         """The name in run.yaml: that of the file."""
         return cls.__module__.rpartition(".")[2]
 
+    def patterns(self) -> str | tuple[str, ...]:
+        """What `targets` stands for. For methods with keywords of their own."""
+        return self.targets
+
+    def takes(self, module: nn.Module) -> bool:
+        """Whether `module` can be wrapped. For methods that tell by more than its kind."""
+        return isinstance(module, self.linear_kinds + self.other_kinds)
+
     @abstractmethod
     def wrap(self, module: nn.Module, name: str) -> Adapter:
-        """Wrap `module`, which stands at `name` in the model and is of one of the method's kinds."""
+        """Wrap `module`, which stands at `name` in the model and is one that the method takes."""
 
     def wrap_all(self, model: nn.Module, names: Sequence[str]) -> dict[str, Adapter]:
         """Wrap the modules at `names`, nothing replaced yet. For methods whose adapters share something."""

@@ -87,9 +87,10 @@ def measure_steps(text: str) -> None:
     config = RunConfig.model_validate_json(order["config"])
     if config.train.threads is not None:
         torch.set_num_threads(config.train.threads)
-    install_pool()
     load_model(EMBEDDED, dtype=config.model.dtype, device=config.model.device)
     gc.collect()
+    # Now, or this run would find the memory of the load before it.
+    install_pool()
     _reset_peak()
     device = pick_device(config.model.device)
     before = peak_memory_bytes(device)

@@ -100,7 +100,7 @@ def _config(output: Path, train_rows: Path, eval_rows: Path, seed: int) -> RunCo
         data=DataConfig(train=str(train_rows), eval=str(eval_rows), max_length=256),
         train=TrainConfig(
             output=str(output / "run"),
-            epochs=10.0,
+            epochs=8.0,
             lr=3e-3,
             batch_tokens=1024,
             warmup=0.05,

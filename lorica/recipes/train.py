@@ -36,7 +36,7 @@ from lorica.evaluate.likelihood import likelihood
 from lorica.files import read_json_object, write_json, write_text
 from lorica.interop.peft import check_adapter_folder, load_adapter, save_adapter
 from lorica.kernels.pool import install_pool
-from lorica.methods.attach import adapt, detach, trainable_parameters
+from lorica.methods.attach import adapt, detach, trainable_parameters, trained_state
 from lorica.models.load import base_fingerprint, load_model
 from lorica.models.loss import LossFunction, make_loss
 from lorica.recipes import console
@@ -424,7 +424,7 @@ def _take_best(model: PreTrainedModel, output: Path, result: LoopResult) -> int:
     if result.best_step is None or result.best_step == result.step:
         return result.step
     best = read_checkpoint(checkpoint_path(output / "checkpoints", result.best_step))
-    restore_parameters(trainable_parameters(model), best.tensors["trainable"])
+    restore_parameters(trained_state(model), best.tensors["trainable"])
     return result.best_step
 
 

@@ -187,8 +187,8 @@ def clean_leftovers(folder: Path) -> list[str]:
     return [name for name in names if not (folder / name).exists()]
 
 
-def restore_parameters(parameters: Mapping[str, torch.nn.Parameter], tensors: Mapping[str, Tensor]) -> None:
-    """Copy saved values into the parameters of the same names, in place.
+def restore_parameters(parameters: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+    """Copy saved values into the parameters and buffers of the same names, in place.
 
     Raises:
         CheckpointError: lists names on one side only and other shapes or dtypes; nothing is changed then.

@@ -26,7 +26,7 @@ from lorica.data.packing import ROUND_TO, Batch, pack, pad
 from lorica.data.sampler import Order, micro_batches
 from lorica.data.tokenized import TokenizedDataset
 from lorica.errors import CheckpointError, DivergedError, DoesNotFitError, StoppedError
-from lorica.methods.attach import adapters, trainable_parameters
+from lorica.methods.attach import adapters, trainable_parameters, trained_state
 from lorica.methods.method import Adapter
 from lorica.models.loss import LossFunction
 from lorica.training.checkpoint import (
@@ -245,7 +245,7 @@ def _begin(
         counters = _Counters()
     else:
         counters = _Counters(**resume.state["counters"])
-        restore_parameters(parameters, resume.tensors["trainable"])
+        restore_parameters(trained_state(model), resume.tensors["trainable"])
         load_optimizer_tensors(optimizer, parameters, resume.tensors["optimizer"])
         if not _is_there(checkpoints, resume.step):
             # Another folder's: this one's run begins with it, since its weights may stay the best.
@@ -376,7 +376,7 @@ def _save(run: _Run, identity: Mapping[str, Any], finished: bool) -> None:
             f"{_last_good(run)} Try a lower train.lr, a longer train.warmup or a smaller train.clip."
         )
     tensors = {
-        "trainable": {name: parameter.detach() for name, parameter in run.parameters.items()},
+        "trainable": {name: tensor.detach() for name, tensor in trained_state(run.model).items()},
         "optimizer": optimizer_tensors(run.optimizer, run.parameters),
         "rng": rng_tensors(),
     }

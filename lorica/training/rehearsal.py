@@ -42,7 +42,7 @@ from lorica.models.loss import make_loss
 from lorica.training.heap import filled_bytes
 from lorica.training.optim import clip_gradients, make_optimizer
 
-RUNTIME_BYTES = 32 << 20
+RUNTIME_BYTES = 20 << 20
 """What the first steps bring in besides tensors, in float32: kernels, their scratch and caches, autograd's nodes."""
 
 RUNTIME_BYTES_16_BIT = 80 << 20

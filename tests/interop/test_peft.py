@@ -162,10 +162,10 @@ def edit_config(folder: Path, **changes: Any) -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"use_dora": True}, "use_dora"),
+        ({"use_dora": True}, "lora_magnitude_vector is missing"),
         ({"modules_to_save": ["lm_head"], "bias": "all"}, "bias.*modules_to_save"),
         ({"init_lora_weights": "pissa_niter_4"}, "pissa"),
-        ({"peft_type": "IA3"}, "IA3"),
+        ({"peft_type": "XLORA"}, "XLORA"),
         ({"r": 60_000}, "expected \\[60000, 32\\]"),
         ({"r": -1}, "rank is -1"),
         ({"r": "many"}, "many"),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -13,7 +15,7 @@ import lorica
 from lorica.errors import ConfigError, TargetError
 from lorica.methods.attach import resolve_targets
 from lorica.methods.lora import LoRA
-from lorica.methods.method import method_options
+from lorica.methods.method import Adapter, Targets, method_options
 
 Make = Callable[..., Any]
 
@@ -99,6 +101,50 @@ def test_merging_one_of_a_tied_pair_unties_it(target: str, tiny_llama: Make, tmp
     plain.save_pretrained(tmp_path)
     again = type(plain).from_pretrained(tmp_path)
     torch.testing.assert_close(again(ids).logits, want, atol=1e-5, rtol=1e-5)
+
+
+@dataclass(frozen=True)
+class Small(LoRA):
+    """A method with a keyword of its own that wraps layers of at most 32 outputs."""
+
+    targets: Targets = "attention"
+
+    def patterns(self) -> str | tuple[str, ...]:
+        return ("k_proj", "o_proj") if self.targets == "attention" else self.targets
+
+    def takes(self, module: nn.Module) -> bool:
+        return isinstance(module, nn.Linear) and module.out_features <= 32
+
+
+def test_a_method_may_have_keywords_of_its_own_and_choose_by_more_than_the_kind(tiny_llama: Make) -> None:
+    model = tiny_llama()
+    ends = {name.rsplit(".", 1)[-1] for name in resolve_targets(model, Small())}
+    assert ends == {"k_proj", "o_proj"}
+    ends = {name.rsplit(".", 1)[-1] for name in resolve_targets(model, Small(targets="all-linear"))}
+    assert ends == {"q_proj", "k_proj", "v_proj", "o_proj", "down_proj"}
+    with pytest.raises(TargetError, match=r"'up_proj' matches .* cannot be wrapped by this method"):
+        resolve_targets(model, Small(targets="up_proj"))
+
+
+class PlusOne(Adapter):
+    """Adds one to every weight."""
+
+    def merged(self) -> nn.Module:
+        plain = copy.deepcopy(self.base)
+        plain.weight.data += 1
+        return plain
+
+
+class AddOne(LoRA):
+    def wrap(self, module: nn.Module, name: str) -> Adapter:
+        return PlusOne(module, self)
+
+
+def test_merging_both_of_a_tied_pair_alike_ties_them_again(tiny_llama: Make) -> None:
+    model = lorica.adapt(tiny_llama(tie_word_embeddings=True), AddOne(targets=("embed_tokens", "lm_head")))
+    plain = lorica.merge(model)
+    assert plain.lm_head.weight is plain.model.embed_tokens.weight and plain.config.tie_word_embeddings
+    assert plain.lm_head.weight is not model.lm_head.base.weight
 
 
 def test_new_adapters_take_the_models_mode(tiny_llama: Make) -> None:

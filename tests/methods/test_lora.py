@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -12,8 +14,8 @@ from transformers.models.gemma.modeling_gemma import GemmaTextScaledWordEmbeddin
 from transformers.pytorch_utils import Conv1D
 
 import lorica
-from lorica.errors import ConfigError
-from lorica.methods.lora import LoRA, LoraEmbedding, LoraLinear, add_low_rank
+from lorica.errors import ConfigError, NotMergeableError, TargetError
+from lorica.methods.lora import LoRA, LoraConv, LoraEmbedding, LoraLinear, add_low_rank
 
 
 def test_linear_follows_the_equation_in_float64() -> None:
@@ -156,3 +158,170 @@ def test_gradients_reach_through_a_frozen_model(tiny_llama: object) -> None:
     parameters = lorica.trainable_parameters(model)
     # B is zero at the start, so A's gradient is zero and B's is not.
     assert all(p.grad is not None and (p.grad.any() == ("lora_b" in name)) for name, p in parameters.items())
+
+
+def float64(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    return [tensor.detach().double() for tensor in tensors]
+
+
+@pytest.mark.parametrize(
+    "base",
+    [
+        nn.Conv1d(6, 8, 3, stride=2, padding=1, dilation=2),
+        nn.Conv1d(6, 8, 4, padding="same", padding_mode="replicate"),
+        nn.Conv2d(6, 8, (3, 1), stride=(1, 2), padding=(2, 0), padding_mode="reflect", bias=False),
+        nn.Conv2d(6, 8, 3, padding="same", padding_mode="circular"),
+        nn.Conv3d(6, 8, 2, dilation=(1, 2, 1)),
+    ],
+    ids=str,
+)
+def test_a_convolution_is_its_kernel_plus_b_times_a(base: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> None:
+    torch.manual_seed(0)
+    adapter = LoraConv(base, LoRA(), rank=4, scale=0.7)
+    for parameter in (adapter.lora_a, adapter.lora_b):
+        nn.init.normal_(parameter)
+    x = torch.randn(2, 6, *([7] * len(base.kernel_size)))
+    # The definition, tap by tap: dW[o, i, k] = s sum_r B[o, r] A[r, i, k].
+    w, a, b, x64 = float64(base.weight, adapter.lora_a, adapter.lora_b, x)
+    reference = copy.deepcopy(base).double()
+    reference.weight.data = w + 0.7 * torch.einsum("or,ri...->oi...", b.flatten(1), a)
+    torch.testing.assert_close(adapter(x).double(), reference(x64), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(adapter.merged().weight.double(), reference.weight, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(adapter(x[0]), adapter(x)[0], rtol=1e-5, atol=1e-5)
+
+
+def test_a_grouped_convolution_reads_all_channels_and_cannot_be_merged() -> None:
+    torch.manual_seed(0)
+    base = nn.Conv1d(6, 8, 3, groups=2)
+    adapter = LoRA(rank=4, alpha=4, targets="x").wrap(base, "x")
+    assert isinstance(adapter, LoraConv)
+    assert adapter.lora_a.shape == (4, 6, 3) and adapter.lora_b.shape == (8, 2, 1)
+    x = torch.randn(2, 6, 9)
+    assert torch.equal(adapter(x), base(x))
+    nn.init.normal_(adapter.lora_b)
+    h = F.conv1d(x, adapter.lora_a)
+    halves = [adapter.lora_b[4 * g : 4 * g + 4, :, 0] @ h[:, 2 * g : 2 * g + 2] for g in range(2)]
+    torch.testing.assert_close(adapter(x), base(x) + torch.cat(halves, 1), rtol=1e-5, atol=1e-5)
+    with pytest.raises(NotMergeableError, match="2 groups"):
+        adapter.merged()
+    with pytest.raises(TargetError, match="2 groups, which must divide the rank; it is 3"):
+        LoRA(rank=3).wrap(base, "x")
+    with pytest.raises(TargetError, match="init pissa takes no convolution of 2 groups"):
+        LoRA(rank=2, init="pissa").wrap(base, "x")
+
+
+def test_dropout_acts_on_a_convolutions_branch_alone() -> None:
+    torch.manual_seed(0)
+    adapter = LoraConv(nn.Conv1d(6, 8, 3, padding=1), LoRA(dropout=0.5), rank=4, scale=1.0)
+    nn.init.normal_(adapter.lora_b)
+    x = torch.randn(2, 6, 9)
+    torch.manual_seed(1)
+    got = adapter.train()(x)
+    torch.manual_seed(1)
+    branch = F.conv1d(F.conv1d(F.dropout(x, 0.5), adapter.lora_a, padding=1), adapter.lora_b)
+    torch.testing.assert_close(got, adapter.base(x) + branch)
+
+
+def evaluating(loralibs: nn.Module) -> nn.Module:
+    """Its `eval` returns nothing. It merges there, which makes it an oracle of merging."""
+    loralibs.eval()
+    return loralibs
+
+
+def test_loralibs_convolution_is_ours_of_a_higher_rank() -> None:
+    """loralib reshapes B [out k, r k] A [r k, in k] to [out, in, k, k]: row o k + j of the product holds the j-th part
+    of output o's taps, so the same kernel has rank r k^2 as A' = I_k (x) A and B' = B reshaped.
+    """
+    loralib = pytest.importorskip("loralib", reason="needs loralib, the oracle")
+    torch.manual_seed(0)
+    k, r = 3, 2
+    theirs = loralib.Conv2d(6, 8, k, r=r, lora_alpha=4, stride=2, padding=1)
+    nn.init.normal_(theirs.lora_B)
+    adapter = LoraConv(copy.deepcopy(theirs.conv), LoRA(), rank=r * k * k, scale=4 / r)
+    adapter.lora_a.data = torch.kron(torch.eye(k), theirs.lora_A.detach()).view_as(adapter.lora_a)
+    adapter.lora_b.data = theirs.lora_B.detach().view_as(adapter.lora_b)
+    x = torch.randn(2, 6, 9, 9)
+    torch.testing.assert_close(adapter(x), theirs(x), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(adapter.merged()(x), evaluating(theirs)(x), rtol=1e-5, atol=1e-5)
+
+
+QV = {"sizes": (1, 1, 1), "train": (0, 2)}
+
+
+@pytest.mark.parametrize("transposed", [False, True], ids=["Linear", "Conv1D"])
+def test_slices_are_loralibs_merged_linear(transposed: bool) -> None:
+    loralib = pytest.importorskip("loralib", reason="needs loralib, the oracle")
+    torch.manual_seed(0)
+    theirs = loralib.MergedLinear(12, 24, r=4, lora_alpha=8, enable_lora=[True, False, True], fan_in_fan_out=transposed)
+    base = Conv1D(24, 12) if transposed else nn.Linear(12, 24)
+    base.weight.data, base.bias.data = theirs.weight.detach().clone(), theirs.bias.detach().clone()
+    adapter = LoRA(rank=4, alpha=8, slices={"c_attn": QV}).wrap(base, "h.0.c_attn")
+    assert isinstance(adapter, LoraLinear)
+    assert adapter.lora_a.shape == theirs.lora_A.shape and adapter.lora_b.shape == theirs.lora_B.shape
+    nn.init.normal_(theirs.lora_B)
+    adapter.lora_a.data, adapter.lora_b.data = theirs.lora_A.detach().clone(), theirs.lora_B.detach().clone()
+    x, g = torch.randn(3, 5, 12), torch.randn(3, 5, 24)
+    ours, want = adapter(x), theirs(x)
+    torch.testing.assert_close(ours, want, rtol=1e-5, atol=1e-5)
+    ours.backward(g)
+    want.backward(g)
+    torch.testing.assert_close(adapter.lora_a.grad, theirs.lora_A.grad, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(adapter.lora_b.grad, theirs.lora_B.grad, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(adapter.merged()(x), evaluating(theirs)(x), rtol=1e-5, atol=1e-5)
+
+
+def test_slices_may_be_of_unequal_sizes_and_the_others_stay_the_bases() -> None:
+    torch.manual_seed(0)
+    base = nn.Linear(12, 32)
+    # 4 query heads, 2 of keys and 2 of values, each of 4.
+    options = LoRA(rank=4, alpha=4, slices={"qkv": {"sizes": [4, 2, 2], "train": [2, 0]}})
+    adapter = options.wrap(base, "qkv")
+    assert isinstance(adapter, LoraLinear) and adapter.num_parameters() == 8 * 12 + 24 * 4
+    x = torch.randn(5, 12)
+    assert torch.equal(adapter(x), base(x))
+    nn.init.normal_(adapter.lora_b)
+    a, b = adapter.lora_a, adapter.lora_b
+    y, out = base(x), adapter(x)
+    torch.testing.assert_close(out[:, :16], y[:, :16] + x @ a[:4].T @ b[:16].T, rtol=1e-5, atol=1e-5)
+    assert torch.equal(out[:, 16:24], y[:, 16:24])
+    torch.testing.assert_close(out[:, 24:], y[:, 24:] + x @ a[4:].T @ b[16:].T, rtol=1e-5, atol=1e-5)
+    merged = adapter.merged()
+    torch.testing.assert_close(merged(x), out, rtol=1e-5, atol=1e-5)
+    assert torch.equal(merged.weight[16:24], base.weight[16:24])
+
+
+def test_each_slice_starts_as_one_of_its_rank_does() -> None:
+    torch.manual_seed(0)
+    options = LoRA(rank=64, init="gaussian", slices={"qkv": {"sizes": [1, 1, 1], "train": [0, 1, 2]}})
+    lora_a = options.wrap(nn.Linear(400, 30), "qkv").lora_a
+    assert isinstance(lora_a, torch.Tensor) and abs(lora_a.std().item() - 1 / 64) < 0.02 / 64
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"sizes": [1, 1]},
+        {"sizes": [1, 0], "train": [0]},
+        {"sizes": [1, 1], "train": [2]},
+        {"sizes": [1, 1], "train": [0, 0]},
+        {"sizes": [1, 1], "train": []},
+        {"sizes": [1, True], "train": [0]},
+        {"sizes": 3, "train": [0]},
+        [1, 1],
+    ],
+    ids=str,
+)
+def test_slices_that_cannot_be_meant_are_refused(wrong: object) -> None:
+    with pytest.raises(ConfigError, match=r"slices\.qkv.*must be as \{sizes: \[1, 1, 1\], train: \[0, 2\]\}"):
+        LoRA(slices={"qkv": wrong})
+
+
+def test_slices_that_fit_no_module_are_refused(tiny_llama: Callable[[], nn.Module]) -> None:
+    with pytest.raises(TargetError, match="'qkv' match none of the 14 targets"):
+        lorica.adapt(tiny_llama(), LoRA(slices={"qkv": QV}))
+    with pytest.raises(TargetError, match=r"the 32 outputs of .*q_proj cannot be shared out as \(1, 1, 1\)"):
+        lorica.adapt(tiny_llama(), LoRA(slices={"q_proj": QV}))
+    with pytest.raises(TargetError, match=r"embed_tokens is a Embedding; only linear layers have slices"):
+        lorica.adapt(tiny_llama(), LoRA(targets="embed_tokens", slices={"embed_tokens": QV}))
+    with pytest.raises(ConfigError, match=r"init olora starts from a whole weight.*svd_niter is 4, but init olora"):
+        LoRA(init="olora", svd_niter=4, slices={"q_proj": QV})

@@ -37,6 +37,7 @@ from lorica.errors import (
 from lorica.models.load import load_model
 from lorica.recipes import report
 from lorica.recipes import train as recipe
+from lorica.recipes.opening import adapter_fault
 from lorica.recipes.report import draw_curves
 from lorica.training import checkpoint as checkpoints
 from lorica.training import loop
@@ -212,6 +213,21 @@ def test_early_stopping_ends_the_run_and_nothing_is_left_to_do(
     result = lorica.train(config)
     assert (result.status, result.steps, result.adapter_step) == ("stopped early", 12, 4)
     assert lorica.train(config, resume="auto").status == "nothing to do"
+
+
+def test_a_paused_run_has_an_adapter_and_goes_on_as_if_it_had_not_paused(
+    make_config: Config, tmp_path: Path, straight: Path
+) -> None:
+    """At a step that is neither an evaluation's nor a checkpoint's; the schedule is that of the whole run."""
+    config = make_config(tmp_path / "run", micro_batch_tokens=64)
+    for _ in range(2):
+        paused = lorica.train(config, resume="auto", stop_at=10)
+        assert (paused.status, paused.steps, paused.adapter_step) == ("paused", 10, 8)
+        assert metrics(tmp_path / "run") == [row for row in metrics(straight) if row["step"] <= 10]
+        assert adapter_fault(tmp_path / "run" / "adapter") is None
+    result = lorica.train(config, resume="auto", stop_at=NUM_STEPS + 1)
+    assert (result.status, result.steps) == ("finished", NUM_STEPS)
+    same_run(tmp_path / "run", straight)
 
 
 def test_a_run_without_evaluation_gives_the_last_weights(make_config: Config, tmp_path: Path) -> None:

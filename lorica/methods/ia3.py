@@ -1,0 +1,119 @@
+"""IA3: learned factors on the activations that the model computes anyway (Liu et al. 2022, arXiv 2205.05638).
+
+    keys and values:        y = l * (W x + b),    l [out]
+    feed-forward layers:    y = W (l * x) + b,    l [in]    (the down projection's input is the inner activation)
+
+All factors start at one. They are multiplied in float32 and the product is rounded to the input's dtype, because
+bfloat16 cannot hold 1.001. Llama-2-7B trains 614,400 of them, and merging them into W and b is exact.
+
+What it gives up: capacity. It can strengthen or silence what a layer computes, not compute anything new.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from lorica.methods.method import Adapter, MethodOptions, Targets, unsupported_kind
+
+# By the names that transformers' models give them. A fused projection is scaled whole, its queries too.
+_KEYS_AND_VALUES = (
+    r"[kv]_proj|key|value|(key|value)_proj|[kv]_lin|\w*Attention\.[kv]|query_key_value|qkv_proj|c_attn|Wqkv"
+)
+_FEEDFORWARD = (
+    r"down_proj|fc2|fc_out|dense_4h_to_h|mlp\.(c_proj|Wo)|ffn\.lin2|ffn_output|DenseReluDense\.wo|"
+    r"layer\.\d+\.output\.dense"
+)
+
+
+@dataclass(frozen=True)
+class IA3(MethodOptions):
+    """Options of IA3.
+
+    Attributes:
+        targets: modules to scale; `auto` means the key, value and down projections of the usual architectures.
+        feedforward: those of them that match, as in `targets`, scale their input instead of their output; `auto` means
+            the down projections.
+    """
+
+    linear_kinds: ClassVar[tuple[type[nn.Module], ...]] = (nn.Linear, Conv1D)
+    peft_type: ClassVar[str | None] = "IA3"
+
+    targets: Annotated[
+        Targets, Field(description="modules to scale: auto (keys, values, down projections), all-linear, or patterns")
+    ] = "auto"
+    feedforward: Annotated[
+        Targets,
+        Field(description="which of them scale their input, not their output: auto (down projections), or patterns"),
+    ] = "auto"
+
+    def patterns(self) -> str | tuple[str, ...]:
+        return f"{_KEYS_AND_VALUES}|{_FEEDFORWARD}" if self.targets == "auto" else self.targets
+
+    def wrap(self, module: nn.Module, name: str) -> Adapter:
+        if isinstance(module, nn.Linear | Conv1D):
+            return IA3Linear(module, self, scales_input=re.fullmatch(self._feedforward(), name) is not None)
+        raise unsupported_kind(module, name, "ia3")
+
+    def _feedforward(self) -> str:
+        """One regular expression for the whole name."""
+        given = _FEEDFORWARD if self.feedforward == "auto" else self.feedforward
+        patterns = (given,) if isinstance(given, str) else given
+        return rf"(.*\.)?({'|'.join(patterns)})"
+
+    def to_peft(self, found: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
+        return {
+            "feedforward_modules": self._feedforward(),
+            "fan_in_fan_out": any(isinstance(a.base, Conv1D) for a in found.values()),
+            "init_ia3_weights": True,
+        }
+
+    @classmethod
+    def from_peft(cls, config: Mapping[str, Any], names: Sequence[str]) -> IA3:
+        # A string is an expression for PEFT, a list holds ends of names. (?!) matches nothing.
+        feedforward = config.get("feedforward_modules") or "(?!)"
+        if not isinstance(feedforward, str):
+            feedforward = tuple(f".*{re.escape(end)}" for end in feedforward)
+        return cls(targets=tuple(re.escape(name) for name in names), feedforward=feedforward)
+
+
+class IA3Linear(Adapter):
+    """A linear layer with a factor for each output, `ia3_l` [out, 1], or for each input, [1, in]: PEFT's shapes."""
+
+    base: nn.Linear | Conv1D
+
+    def __init__(self, base: nn.Linear | Conv1D, options: IA3, scales_input: bool) -> None:
+        super().__init__(base, options)
+        self.transposed = isinstance(base, Conv1D)
+        out_size, in_size = reversed(base.weight.shape) if self.transposed else base.weight.shape
+        self.scales_input = scales_input
+        shape = (1, in_size) if scales_input else (out_size, 1)
+        self.ia3_l = nn.Parameter(torch.ones(shape, device=base.weight.device, dtype=torch.float32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(self._scaled(x)) if self.scales_input else self._scaled(self.base(x))
+
+    def _scaled(self, x: Tensor) -> Tensor:
+        return (x * self.ia3_l.flatten()).to(x.dtype)
+
+    @torch.no_grad()
+    def merged(self) -> nn.Module:
+        plain = copy.deepcopy(self.base)
+        plain.weight.mul_(self.ia3_l.t() if self.transposed else self.ia3_l)
+        if plain.bias is not None and not self.scales_input:
+            plain.bias.mul_(self.ia3_l.flatten())
+        return plain
+
+    def extra_repr(self) -> str:
+        return f"scales_input={self.scales_input}"
+
+
+OPTIONS = IA3

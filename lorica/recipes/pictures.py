@@ -1,0 +1,158 @@
+"""The pictures of several runs at once: what a sweep found, and the curves of runs side by side."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lorica.recipes.arms import short_keys
+from lorica.recipes.report import smooth
+from lorica.strict_yaml import dump_value
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from lorica.recipes.sweep import ArmResult
+
+# Okabe & Ito: told apart by the colour-blind too. A ninth run begins them anew, dashed.
+_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000", "#7f7f7f")
+_STYLES = ("-", "--", ":", "-.")
+_MAX_NAME = 40
+
+
+def draw_sweep(results: Sequence[ArmResult], file: Path) -> None:
+    """Evaluation loss against each swept key, a panel a key; with two keys, a line for each value of the other."""
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+
+    keys = list(results[0].values)
+    num_columns = min(len(keys), 3)
+    num_rows = math.ceil(len(keys) / num_columns)
+    size = (max(6.4, 4.6 * num_columns), 3.8 * num_rows + 0.9)
+    figure = Figure(figsize=size, layout="constrained")
+    panels = list(figure.subplots(num_rows, num_columns, squeeze=False, sharey=True).flat)
+    names = short_keys(keys)
+    for key, panel in zip(keys, panels, strict=False):
+        others = [other for other in keys if other != key] if len(keys) == 2 else []
+        _draw_key(panel, results, key, others, names)
+    for panel in panels[len(keys) :]:
+        panel.set_visible(False)
+    for row in range(num_rows):
+        panels[row * num_columns].set_ylabel("lowest evaluation loss (nats a token)")
+    grey: dict[str, Any] = {"color": "#6b7280", "linestyle": "", "markersize": 7}
+    found = {result.status for result in results}
+    marks = [Line2D([], [], marker="o", label="trained to the end", **grey)]
+    if "stopped" in found:
+        marks.append(Line2D([], [], marker="o", markerfacecolor="none", label="stopped early", **grey))
+    if found - {"finished", "stopped"}:
+        marks.append(Line2D([], [], marker="x", label="diverged, or does not fit", **grey))
+    if results[0].status == "finished":
+        marks.append(Line2D([], [], marker="*", **{**grey, "color": "#b91c1c", "markersize": 11}, label="best"))
+    figure.legend(handles=marks, loc="outside lower center", ncols=len(marks), frameon=False)
+    figure.savefig(file, dpi=130)
+
+
+def _draw_key(
+    panel: Axes, results: Sequence[ArmResult], key: str, others: Sequence[str], names: Mapping[str, str]
+) -> None:
+    """One panel: a point an arm, filled where it was trained to the end, a cross at the top where it failed."""
+    from matplotlib.ticker import LogLocator
+
+    place = _scale(panel, [result.values[key] for result in results])
+    groups: dict[str, list[ArmResult]] = {}
+    for result in sorted(results, key=lambda result: place(result.values[key])):
+        label = ", ".join(f"{names[other]} = {dump_value(result.values[other])}" for other in others)
+        groups.setdefault(label, []).append(result)
+    for index, label in enumerate(sorted(groups, key=_natural)):
+        colour = _COLOURS[index % len(_COLOURS)]
+        if others:
+            points = [(place(r.values[key]), r.eval_loss) for r in groups[label] if r.eval_loss is not None]
+            panel.plot([x for x, _ in points], [y for _, y in points], color=colour, alpha=0.6, label=label)
+        for result in groups[label]:
+            at = place(result.values[key])
+            if result.eval_loss is None:
+                panel.plot(at, 0.97, "x", color=colour, transform=panel.get_xaxis_transform())
+            else:
+                face = colour if result.status == "finished" else "none"
+                panel.plot(at, result.eval_loss, "o", color=colour, markerfacecolor=face, markersize=6)
+    best = results[0]
+    if best.status == "finished" and best.eval_loss is not None:
+        panel.plot(place(best.values[key]), best.eval_loss, "*", color="#b91c1c", markersize=12, zorder=5)
+    losses = [result.eval_loss for result in results if result.eval_loss is not None]
+    if losses and max(losses) > 4 * min(losses) > 0:
+        panel.set_yscale("log")
+        panel.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+        panel.yaxis.set_major_formatter("{x:g}")
+        panel.yaxis.set_minor_formatter("{x:g}")
+    panel.margins(y=0.12)
+    panel.set_xlabel(key)
+    if others:
+        panel.legend(frameon=False, fontsize="small")
+    _tidy(panel)
+
+
+def _scale(panel: Axes, values: Sequence[Any]) -> Any:
+    """Set up the x axis, with a tick at each value, logarithmic where they span a factor; what places a value on it."""
+    distinct = {dump_value(value): value for value in values}
+    labels = sorted(distinct, key=_natural)
+    numbers = [distinct[label] for label in labels]
+    numeric = all(isinstance(number, int | float) and not isinstance(number, bool) for number in numbers)
+    if numeric and min(numbers) > 0 and max(numbers) >= 4 * min(numbers):
+        panel.set_xscale("log")
+    where = dict(zip(labels, numbers if numeric else range(len(labels)), strict=True))
+    panel.set_xticks(list(where.values()), [_short(label) for label in labels], rotation=0 if numeric else 20)
+    panel.xaxis.minorticks_off()
+    return lambda value: where[dump_value(value)]
+
+
+def draw_comparison(curves: Mapping[str, Sequence[Mapping[str, Any]]], file: Path) -> None:
+    """Training loss, smoothed, and evaluation loss of each run over its steps; `curves` are rows of metrics.jsonl."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for index, (name, rows) in enumerate(curves.items()):
+        look: dict[str, Any] = {
+            "color": _COLOURS[index % len(_COLOURS)],
+            "linestyle": _STYLES[index // len(_COLOURS) % len(_STYLES)],
+            "linewidth": 1.6,
+        }
+        steps = [row for row in rows if row.get("loss") is not None]
+        losses = [row["loss"] for row in steps]
+        # Labelled here alone: a run without steps has its name in the legend all the same.
+        left.plot([row["step"] for row in steps], smooth(losses), label=_short(name), **look)
+        evaluations = [row for row in rows if row.get("eval_loss") is not None]
+        right.plot(
+            [row["step"] for row in evaluations],
+            [row["eval_loss"] for row in evaluations],
+            marker="o",
+            markersize=3.5,
+            **look,
+        )
+    left.set_ylabel("training loss, smoothed (nats a token)")
+    right.set_ylabel("evaluation loss (nats a token)")
+    for panel in (left, right):
+        panel.set_xlabel("optimizer step")
+        _tidy(panel)
+    figure.legend(loc="outside lower center", ncols=min(len(curves), 3), frameon=False)
+    figure.savefig(file, dpi=130)
+
+
+def _tidy(panel: Axes) -> None:
+    panel.grid(alpha=0.25)
+    panel.spines[["top", "right"]].set_visible(False)
+
+
+def _natural(label: str) -> tuple[bool, float, str]:
+    """Sorts numbers by their size, before texts."""
+    number = label.rpartition("= ")[2]
+    try:
+        return False, float(number), ""
+    except ValueError:
+        return True, 0.0, label
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= _MAX_NAME else f"{text[: _MAX_NAME - 1]}…"
