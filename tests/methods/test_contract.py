@@ -72,19 +72,25 @@ def randomise(model: nn.Module, scale: float = 0.3) -> None:
             parameter.normal_(std=scale)
 
 
-@pytest.fixture(params=METHODS)
-def options(request: pytest.FixtureRequest) -> MethodOptions:
-    return METHODS[request.param]
+# Every method with every kind that it takes.
+PAIRS = [(method, kind) for method in METHODS for kind in KINDS if METHODS[method].takes(KINDS[kind][0]())]
 
 
-@pytest.fixture(params=KINDS)
-def case(request: pytest.FixtureRequest, options: MethodOptions) -> tuple[Holder, torch.Tensor]:
+@pytest.fixture(params=PAIRS, ids=" on ".join)
+def pair(request: pytest.FixtureRequest) -> tuple[str, str]:
+    return request.param
+
+
+@pytest.fixture
+def options(pair: tuple[str, str]) -> MethodOptions:
+    return METHODS[pair[0]]
+
+
+@pytest.fixture
+def case(pair: tuple[str, str]) -> tuple[Holder, torch.Tensor]:
     torch.manual_seed(0)
-    make, draw = KINDS[request.param]
-    module = make()
-    if not options.takes(module):
-        pytest.skip(f"{options.method_name()} does not wrap a {type(module).__name__}")
-    return Holder(module), draw()
+    make, draw = KINDS[pair[1]]
+    return Holder(make()), draw()
 
 
 def merged_or_skip(model: nn.Module) -> nn.Module:
