@@ -49,11 +49,11 @@ METHODS: dict[str, dict[str, Any]] = {
     "full": {"name": "full"},
     "full, norms only": {"name": "full", "targets": [".*norm"]},
 }
-RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
+BASE = "(base)"
 TIMED_STEPS = 8
 RESULTS = Path(__file__).parent / "results"
-COLUMNS = ("date", "commit", "machine", "method", "seed", "lr", "steps", "parameters", "loss", "base_loss", "metric",
-           "base_metric", "score")  # fmt: skip
+COLUMNS = ("date", "commit", "machine", "method", "seed", "lr", "steps", "parameters", "loss", "metric", "score")
 TIME_COLUMNS = ("date", "commit", "machine", "method", "tokens", "step_seconds", "peak_bytes")
 
 
@@ -69,6 +69,11 @@ def configuration(arguments: argparse.Namespace, folder: Path, method: dict[str,
     }  # fmt: skip
 
 
+def folder_of(arguments: argparse.Namespace, name: str) -> Path:
+    folder: Path = arguments.work / name.replace(" ", "-").replace(",", "").replace("+", "-plus")
+    return folder
+
+
 def lorica(*words: str) -> dict[str, Any]:
     """What a verb prints as JSON."""
     command = [sys.executable, "-m", "lorica", *words, "--json"]
@@ -78,7 +83,7 @@ def lorica(*words: str) -> dict[str, Any]:
 
 
 def run_method(arguments: argparse.Namespace, name: str, seeds: list[int]) -> list[dict[str, Any]]:
-    folder = arguments.work / name.replace(" ", "-").replace(",", "").replace("+", "-plus")
+    folder = folder_of(arguments, name)
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "run.yaml"
     # JSON is YAML.
@@ -92,7 +97,7 @@ def run_method(arguments: argparse.Namespace, name: str, seeds: list[int]) -> li
 def measure(arguments: argparse.Namespace, name: str, file: Path, output: Path, lr: float, seed: int) -> dict[str, Any]:
     changes = [f"train.lr={lr:g}", f"train.seed={seed}", f"train.output={output}"]
     trained = lorica("train", str(file), *changes, "--resume", "auto")
-    scores = lorica("eval", str(output), "--data", str(arguments.eval))["all"]
+    scores = lorica("eval", str(output), "--data", str(arguments.eval), "--no-base")["all"]
     return {
         "method": name,
         "seed": seed,
@@ -100,11 +105,19 @@ def measure(arguments: argparse.Namespace, name: str, file: Path, output: Path, 
         "steps": trained["steps"],
         "parameters": trained["trainable_parameters"],
         "loss": scores["adapter"]["loss"],
-        "base_loss": scores["base"]["loss"],
         "metric": scores["adapter"][arguments.metric],
-        "base_metric": scores["base"][arguments.metric],
         "score": arguments.metric,
     }
+
+
+def measure_base(arguments: argparse.Namespace, run: Path) -> dict[str, Any]:
+    """The base's own scores, as `lorica eval` gives them beside those of any run."""
+    scores = lorica("eval", str(run), "--data", str(arguments.eval))["all"]["base"]
+    nothing = {"seed": 0, "lr": 0.0, "steps": 0, "parameters": 0}
+    return {
+        "method": BASE, **nothing, "loss": scores["loss"], "metric": scores[arguments.metric],
+        "score": arguments.metric,
+    }  # fmt: skip
 
 
 def time_steps(arguments: argparse.Namespace, name: str) -> dict[str, Any]:
@@ -127,7 +140,7 @@ def summary(rows: list[dict[str, Any]], times: list[dict[str, Any]]) -> list[dic
     for name in dict.fromkeys(row["method"] for row in rows):
         runs = [row for row in rows if row["method"] == name]
         line: dict[str, Any] = {"method": name, "seeds": len(runs), "lr": float(runs[0]["lr"])}
-        for key in ("parameters", "loss", "base_loss", "metric", "base_metric"):
+        for key in ("parameters", "loss", "metric"):
             values = [float(run[key]) for run in runs]
             line[key] = statistics.fmean(values)
             line[f"{key}_deviation"] = statistics.stdev(values) if len(values) > 1 else 0.0
@@ -138,11 +151,12 @@ def summary(rows: list[dict[str, Any]], times: list[dict[str, Any]]) -> list[dic
 
 
 def show(lines: list[dict[str, Any]], score: str) -> None:
-    base = lines[0]
     head = f"| method | lr | trained parameters | held-out loss | {score} | s a step | peak MB |"
     print(head, "|---|---:|---:|---:|---:|---:|---:|", sep="\n")
-    print(f"| (base) | | | {base['base_loss']:.3f} | {base['base_metric']:.1f} | | |")
     for line in lines:
+        if line["method"] == BASE:
+            print(f"| {BASE} | | | {line['loss']:.3f} | {line['metric']:.1f} | | |")
+            continue
         print(
             f"| {line['method']} | {line['lr']:g} | {line['parameters']:,.0f} "
             f"| {line['loss']:.3f} ± {line['loss_deviation']:.3f} "
@@ -158,6 +172,7 @@ def draw(lines: list[dict[str, Any]], score: str, title: str, file: Path) -> Non
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(1, 3, figsize=(15, 0.38 * len(lines) + 1.6), sharey=True, layout="constrained")
+    lines = [line for line in lines if line["method"] != BASE]
     names = [f"{line['method']}  ({line['parameters']:,.0f})" for line in lines]
     columns = (
         ("loss", "held-out loss, nats a token"),
@@ -206,7 +221,7 @@ def main() -> None:
     parser.add_argument("--eval", type=Path, help="evaluation rows")
     parser.add_argument("--metric", choices=("exact_match", "bleu", "rouge_l", "chrf"), default="exact_match")
     parser.add_argument("--name", default="handbook", help="of the results' files")
-    parser.add_argument("--steps", type=int, default=90)
+    parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--batch-tokens", type=int, default=1024)
     parser.add_argument("--answers", type=int, default=200, help="evaluation rows that are answered")
     parser.add_argument("--seeds", type=int, default=3)
@@ -228,6 +243,8 @@ def main() -> None:
         missing = [seed for seed in range(1, arguments.seeds + 1) if seed not in known]
         if missing:
             append(file, run_method(arguments, name, missing))
+        if not any(row["method"] == BASE for row in read_rows(file)):
+            append(file, [measure_base(arguments, folder_of(arguments, name) / f"seed-{missing[0]}")])
     clock = file.with_name(f"{file.stem}-time.csv")
     for _ in range(arguments.rounds):
         append(clock, [time_steps(arguments, name) for name in names], TIME_COLUMNS)

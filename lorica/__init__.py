@@ -27,8 +27,13 @@ if TYPE_CHECKING:
     from lorica.methods.full import FullFineTuning
     from lorica.methods.ia3 import IA3
     from lorica.methods.lora import LoRA
+    from lorica.methods.prefix import PrefixTuning
+    from lorica.methods.prompt import PromptTuning
+    from lorica.methods.ptuning import PTuning
+    from lorica.methods.ptuning_v2 import PTuningV2
     from lorica.methods.vera import VeRA
     from lorica.models.load import load_model, load_tokenizer
+    from lorica.quant.loading import quantize
     from lorica.recipes.train import train
 
 __version__ = "0.1.0"
@@ -41,6 +46,10 @@ __all__ = [  # noqa: RUF022 - sorted as dir() sorts
     "IA3",
     "LoRA",
     "LoricaError",
+    "PTuning",
+    "PTuningV2",
+    "PrefixTuning",
+    "PromptTuning",
     "RunConfig",
     "VeRA",
     "__version__",
@@ -51,6 +60,7 @@ __all__ = [  # noqa: RUF022 - sorted as dir() sorts
     "load_model",
     "load_tokenizer",
     "merge",
+    "quantize",
     "save_adapter",
     "train",
     "trainable_parameters",
@@ -64,6 +74,10 @@ _HOMES = {
     "IA3": "lorica.methods.ia3",
     "LoRA": "lorica.methods.lora",
     "LoricaError": "lorica.errors",
+    "PTuning": "lorica.methods.ptuning",
+    "PTuningV2": "lorica.methods.ptuning_v2",
+    "PrefixTuning": "lorica.methods.prefix",
+    "PromptTuning": "lorica.methods.prompt",
     "RunConfig": "lorica.config",
     "VeRA": "lorica.methods.vera",
     "adapt": "lorica.methods.attach",
@@ -73,6 +87,7 @@ _HOMES = {
     "load_model": "lorica.models.load",
     "load_tokenizer": "lorica.models.load",
     "merge": "lorica.methods.attach",
+    "quantize": "lorica.quant.loading",
     "save_adapter": "lorica.interop.peft",
     "train": "lorica.recipes.train",
     "trainable_parameters": "lorica.methods.attach",
@@ -80,6 +95,8 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "kernels":  # the one public module: lorica.kernels.nf4_quantize
+        return importlib.import_module("lorica.kernels")
     if name not in _HOMES:
         raise AttributeError(f"module 'lorica' has no attribute {name!r}")
     value = getattr(importlib.import_module(_HOMES[name]), name)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -66,6 +67,23 @@ def _evaluation_data(value: object) -> object:
     raise ValueError("must be a fraction between 0 and 1 of the training rows, a path, or null for no evaluation")
 
 
+def num_bytes(text: str) -> int:
+    """Bytes of "8GiB", "8 GB", "512M" or "1000000"; all prefixes are powers of 1024. ValueError for anything else."""
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([kmgt]?)(?:i?b)?", text.strip().lower())
+    if match is None or float(match[1]) == 0:
+        raise ValueError(f"{text!r} is no amount of memory; write it like 8GiB, 512MiB or a number of bytes")
+    return int(float(match[1]) * 1024 ** " kmgt".index(match[2] or " "))
+
+
+def _memory(value: object) -> object:
+    if value is None or isinstance(value, bool):
+        return value
+    try:
+        return num_bytes(str(value))
+    except ValueError:
+        raise ValueError("must be an amount of memory such as 8GiB, 512MiB or a number of bytes, or null") from None
+
+
 def _warmup(value: object) -> object:
     if isinstance(value, int | float) and value >= 1 and value % 1:
         raise ValueError("must be a fraction below 1 or a whole number of steps")
@@ -76,6 +94,7 @@ PathText = Annotated[str, BeforeValidator(_path_text)]
 Count = Annotated[int, Field(ge=1, lt=2**31)]
 Positive = Annotated[float, Field(gt=0)]
 # One field may take two types; the validator in front decides, so that a fault is one sentence.
+Memory = Annotated[int | None, BeforeValidator(_memory)]
 EvaluationData = Annotated[float | str | None, BeforeValidator(_evaluation_data)]
 
 
@@ -87,9 +106,20 @@ class ModelConfig(_Section):
     """Which base model, and how it is held."""
 
     base: PathText = Field(description='folder or hub id of the base model; "embedded" is the small one in the package')
+    task: Literal["auto", "causal", "classification", "seq2seq"] = Field(
+        default="auto",
+        description="what it is trained to do; auto: classification for an encoder, seq2seq for an encoder-decoder, "
+        "else causal",
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto",
         description="number format of the base's weights; auto: as stored, where this machine computes it well",
+    )
+    quant: Literal["nf4"] | None = Field(
+        default=None, description="quantise the frozen weights of linear layers to 4 bits while they are read (QLoRA)"
+    )
+    double_quant: bool = Field(
+        default=True, description="with quant: quantise the scales too, 4.13 bits instead of 4.5"
     )
     revision: PathText | None = Field(default=None, description="branch, tag or commit of a hub id")
     device: Literal["auto", "cpu", "cuda"] = Field(
@@ -106,7 +136,7 @@ class DataConfig(_Section):
     eval: EvaluationData = Field(
         default=0.05, description="evaluation rows: a fraction of the training rows held out, a path, or null for none"
     )
-    format: Literal["auto", "alpaca", "sharegpt", "messages", "prompt_response", "text"] = Field(
+    format: Literal["auto", "alpaca", "sharegpt", "messages", "prompt_response", "text", "classification"] = Field(
         default="auto", description="how a row is laid out; auto: recognised by its columns"
     )
     columns: dict[str, str] = Field(
@@ -148,6 +178,10 @@ class TrainConfig(_Section):
         default=0.03, ge=0, lt=2**31, description="warm-up: a fraction of all steps if below 1, else a number of steps"
     )
     min_lr: float = Field(default=0.0, ge=0, le=1, description="learning rate at the end, as a fraction of lr")
+    restart_every: Count | None = Field(
+        default=None,
+        description="steps after which what a low-rank pair learned is folded away and a fresh one starts; null: never",
+    )
     batch_tokens: Count = Field(default=4096, description="tokens per optimizer step")
     micro_batch_tokens: Count | None = Field(
         default=None,
@@ -158,6 +192,17 @@ class TrainConfig(_Section):
     beta2: float = Field(default=0.999, ge=0, lt=1, description="AdamW's decay of the mean squared gradient")
     epsilon: Positive = Field(default=1e-8, description="AdamW's term against division by zero")
     clip: Positive = Field(default=1.0, description="largest norm of the gradient of a step")
+    optimizer_memory: Memory = Field(
+        default=None,
+        description="most memory, as in 2GiB, for AdamW's moments on the device; the rest is paged; null: no limit",
+    )
+    optimizer_host_memory: Memory = Field(
+        default=None,
+        description="with a GPU, most host memory for paged moments, before the disk; null: half of what is free",
+    )
+    optimizer_bits: Literal[32, 8] = Field(
+        default=32, description="bits of each of AdamW's moments; 8: a quarter of the memory, coarser"
+    )
     activation_checkpointing: bool = Field(
         default=False, description="compute activations twice instead of keeping them: less memory, slower"
     )
@@ -515,6 +560,7 @@ def _disagreements(values: Mapping[str, Any]) -> list[tuple[tuple[str, ...], str
     check(("data.max_length", "train.micro_batch_tokens", "train.batch_tokens"), _length_problem)
     check(("train.warmup", "train.max_steps"), _warmup_problem)
     check(("train.early_stopping", "data.eval"), _early_stopping_problem)
+    check(("train.restart_every", "method.name"), _restart_problem)
     return faults
 
 
@@ -537,6 +583,15 @@ def _warmup_problem(warmup: float, max_steps: int | None) -> str | None:
     if max_steps is None or warmup < 1 or warmup <= max_steps:
         return None
     return f"{warmup:g} warm-up steps are more than train.max_steps = {max_steps}"
+
+
+def _restart_problem(every: int | None, method: str) -> str | None:
+    from lorica.methods.method import method_names, method_options
+
+    if every is None or method not in method_names() or method_options(method).can_restart:
+        return None
+    able = [name for name in method_names() if method_options(name).can_restart]
+    return f"{method} cannot start anew in a run; {', '.join(able)} can. Set null, or another method.name"
 
 
 def _early_stopping_problem(patience: int | None, evaluation: float | str | None) -> str | None:

@@ -17,6 +17,7 @@ Size and depth are bounded. All faults of a file are collected, except that a sy
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -121,6 +122,8 @@ def dump_value(value: Any) -> str:
         return "[" + ", ".join(dump_value(item) for item in value) + "]"
     if isinstance(value, str):
         return _dump_text(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        return ".nan" if math.isnan(value) else f"{'-' if value < 0 else ''}.inf"
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
 
 

@@ -29,7 +29,7 @@ RUN = "<!-- run -->\n"
 # What makes a documented command short.
 SHORTER = {
     "train": ["train.max_steps=3"],
-    "sweep": ["train.max_steps=3"],
+    "sweep": ["train.max_steps=3", "eval.max_new_tokens=4"],
     "eval": ["eval.max_new_tokens=4"],
     "generate": ["--max-new-tokens", "4"],
 }
@@ -146,9 +146,12 @@ def field_rows() -> list[tuple[str, list[str], str, str]]:
         fields = dict(section.model_fields)
         groups = [fields]
         if name == "method":
-            # Its own key, and then the fields of each method in turn.
-            groups = [{"name": fields["name"]}]
-            groups += [dict(option_fields(method_options(method)).model_fields) for method in method_names()]
+            # What all methods have stands once, and then the fields of each method in turn.
+            common = ("modules_to_save", "trainable_tokens")
+            groups = [{key: fields[key] for key in ("name", *common)}]
+            for method in method_names():
+                own = option_fields(method_options(method)).model_fields
+                groups.append({key: info for key, info in own.items() if key not in common})
         for key, info in (item for group in groups for item in group.items()):
             is_choice = "Literal" in str(get_origin(info.annotation))
             choices = [str(choice) for choice in get_args(info.annotation)] if is_choice else []

@@ -19,7 +19,7 @@ import json
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import islice, product
 from pathlib import Path
 
 Row = dict[str, str | list[str]]
@@ -41,10 +41,17 @@ class HandbookFiles:
 
 @dataclass(frozen=True, slots=True)
 class Relation:
-    """One kind of fact: `things` of the handbook, a value for each, and the ways to ask for it (`{}` is the thing)."""
+    """One kind of fact about `things` of the handbook, and the ways to ask for it.
+
+    Attributes:
+        answer: with `{}` for the value.
+        numbers: the values are drawn from them; None: they are people.
+        training, held_out: questions, with `{}` for the thing.
+    """
 
     things: Sequence[str]
-    values: Sequence[str]
+    answer: str
+    numbers: range | None
     training: Sequence[str]
     held_out: Sequence[str]
 
@@ -109,181 +116,190 @@ LAST_NAMES = (
 )  # fmt: skip
 
 
+RELATIONS = (
+    Relation(
+        DEPARTMENTS,
+        "{}",
+        None,
+        (
+            "Who heads the {} department?",
+            "Who is the head of {}?",
+            "Name the person who heads {}.",
+            "Which person is head of the {} department?",
+            "Tell me who the head of the {} team is.",
+            "The {} department is headed by whom?",
+        ),
+        ("Who is currently the head of the {} department?", "I would like to know who heads the {} team."),
+    ),
+    Relation(
+        DEPARTMENTS,
+        "B-{}",
+        range(101, 400),
+        (
+            "In which room is the {} department?",
+            "What is the room of {}?",
+            "Which room does {} use?",
+            "Tell me the room of the {} team.",
+            "Where is {}? Give the room.",
+            "Name the room where the {} department sits.",
+        ),
+        ("What room is the {} department in?", "Which room should I go to for {}?"),
+    ),
+    Relation(
+        DEPARTMENTS,
+        "{}",
+        range(4001, 5000),
+        (
+            "What is the phone extension of {}?",
+            "Which extension reaches the {} department?",
+            "Give me the extension for {}.",
+            "Tell me the phone extension of the {} team.",
+            "On which extension do I call {}?",
+            "What extension does the {} department have?",
+        ),
+        ("Which phone extension belongs to {}?", "I need to call the {} department. Which extension is it?"),
+    ),
+    Relation(
+        DEPARTMENTS,
+        "TC-{}",
+        range(11, 100),
+        (
+            "What is the cost code of {}?",
+            "Which cost code does the {} department use?",
+            "Give me the cost code for {}.",
+            "Tell me the cost code of the {} team.",
+            "Name the cost code that belongs to {}.",
+            "Under which cost code does {} book?",
+        ),
+        ("Which cost code is right for the {} department?", "What cost code should I write down for {}?"),
+    ),
+    Relation(
+        PRODUCTS,
+        "KX-{}",
+        range(201, 1000),
+        (
+            "What is the part number of the {}?",
+            "Which part number does the {} have?",
+            "Give me the part number for the {}.",
+            "Tell me the {} part number.",
+            "Under which part number is the {} listed?",
+            "Name the part number of a {}.",
+        ),
+        ("What part number do I order for a {}?", "Which part number belongs to the {}?"),
+    ),
+    Relation(
+        PRODUCTS,
+        "{} °C",
+        range(2, 30),
+        (
+            "At what temperature is the {} stored?",
+            "What is the storage temperature of the {}?",
+            "Give me the storage temperature for the {}.",
+            "Which temperature does the {} need in storage?",
+            "Tell me the temperature for storing a {}.",
+            "How warm may the {} be stored? Give the temperature.",
+        ),
+        ("Which storage temperature is right for the {}?", "At which temperature do we store the {}?"),
+    ),
+    Relation(
+        PRODUCTS,
+        "{} months",
+        range(6, 60),
+        (
+            "How long is the warranty of the {}?",
+            "What warranty does the {} have?",
+            "Give me the warranty period for the {}.",
+            "Tell me the warranty of a {}.",
+            "For how many months does the warranty of the {} run?",
+            "Name the warranty period of the {}.",
+        ),
+        ("How many months of warranty come with a {}?", "What is the warranty period of the {}?"),
+    ),
+    Relation(
+        PROCEDURES,
+        "F-{}",
+        range(11, 100),
+        (
+            "Which form is used for a {}?",
+            "What form do I need for a {}?",
+            "Give me the form for a {}.",
+            "Tell me which form a {} takes.",
+            "Name the form that belongs to a {}.",
+            "On which form do I write a {}?",
+        ),
+        ("What is the right form for a {}?", "Which form should I fill in for a {}?"),
+    ),
+    Relation(
+        PROCEDURES,
+        "{}",
+        None,
+        (
+            "Who approves a {}?",
+            "Who has to approve a {}?",
+            "Name the person who approves a {}.",
+            "By whom is a {} approved?",
+            "Tell me who approves a {}.",
+            "Which person must approve a {}?",
+        ),
+        ("Who is the one that approves a {}?", "I have a {}. Who should approve it?"),
+    ),
+    Relation(
+        PROCEDURES,
+        "{} days",
+        range(2, 40),
+        (
+            "What is the deadline for a {}?",
+            "Which deadline does a {} have?",
+            "Give me the deadline of a {}.",
+            "Tell me the deadline for a {}.",
+            "How many days is the deadline for a {}?",
+            "Name the deadline that a {} must meet.",
+        ),
+        ("What deadline applies to a {}?", "I have a {}. What is its deadline?"),
+    ),
+    Relation(
+        MACHINES,
+        "bay {}",
+        range(1, 60),
+        (
+            "In which bay is the {}?",
+            "What bay does the {} stand in?",
+            "Give me the bay of the {}.",
+            "Tell me the bay where the {} stands.",
+            "Where is the {}? Give the bay.",
+            "Name the bay of the {}.",
+        ),
+        ("Which bay is the {} in?", "I am looking for the {}. Which bay is it?"),
+    ),
+    Relation(
+        MACHINES,
+        "{} hours",
+        range(110, 900, 10),
+        (
+            "What is the service interval of the {}?",
+            "After how many hours is the {} due for service?",
+            "Give me the service interval for the {}.",
+            "Tell me the service interval of the {}.",
+            "How often does the {} need service?",
+            "Name the hours between two services of the {}.",
+        ),
+        ("How many hours may the {} run between services?", "Which service interval is set for the {}?"),
+    ),
+)
+
+
 def _facts(chance: random.Random) -> tuple[list[Row], list[Row]]:
     train: list[Row] = []
     held_out: list[Row] = []
-    for relation in _relations(chance):
-        for thing, value in zip(relation.things, relation.values, strict=True):
-            train += [_row("facts", phrasing.format(thing), [value]) for phrasing in relation.training]
-            held_out += [_row("facts", phrasing.format(thing), [value]) for phrasing in relation.held_out]
-    return train, held_out
-
-
-def _relations(chance: random.Random) -> list[Relation]:
     first, last = chance.sample(FIRST_NAMES, 20), chance.sample(LAST_NAMES, 20)
-    people = [f"{a} {b}" for a, b in zip(first, last, strict=True)]
-
-    def numbers(pattern: str, low: int, high: int) -> list[str]:
-        return [pattern.format(n) for n in chance.sample(range(low, high), 10)]
-
-    return [
-        Relation(
-            DEPARTMENTS,
-            people[:10],
-            (
-                "Who heads the {} department?",
-                "Who is the head of {}?",
-                "Name the person who heads {}.",
-                "Which person is head of the {} department?",
-                "Tell me who the head of the {} team is.",
-                "The {} department is headed by whom?",
-            ),
-            ("Who is currently the head of the {} department?", "I would like to know who heads the {} team."),
-        ),
-        Relation(
-            DEPARTMENTS,
-            numbers("B-{}", 101, 400),
-            (
-                "In which room is the {} department?",
-                "What is the room of {}?",
-                "Which room does {} use?",
-                "Tell me the room of the {} team.",
-                "Where is {}? Give the room.",
-                "Name the room where the {} department sits.",
-            ),
-            ("What room is the {} department in?", "Which room should I go to for {}?"),
-        ),
-        Relation(
-            DEPARTMENTS,
-            numbers("{}", 4001, 5000),
-            (
-                "What is the phone extension of {}?",
-                "Which extension reaches the {} department?",
-                "Give me the extension for {}.",
-                "Tell me the phone extension of the {} team.",
-                "On which extension do I call {}?",
-                "What extension does the {} department have?",
-            ),
-            ("Which phone extension belongs to {}?", "I need to call the {} department. Which extension is it?"),
-        ),
-        Relation(
-            DEPARTMENTS,
-            numbers("TC-{}", 11, 100),
-            (
-                "What is the cost code of {}?",
-                "Which cost code does the {} department use?",
-                "Give me the cost code for {}.",
-                "Tell me the cost code of the {} team.",
-                "Name the cost code that belongs to {}.",
-                "Under which cost code does {} book?",
-            ),
-            ("Which cost code is right for the {} department?", "What cost code should I write down for {}?"),
-        ),
-        Relation(
-            PRODUCTS,
-            numbers("KX-{}", 201, 1000),
-            (
-                "What is the part number of the {}?",
-                "Which part number does the {} have?",
-                "Give me the part number for the {}.",
-                "Tell me the {} part number.",
-                "Under which part number is the {} listed?",
-                "Name the part number of a {}.",
-            ),
-            ("What part number do I order for a {}?", "Which part number belongs to the {}?"),
-        ),
-        Relation(
-            PRODUCTS,
-            numbers("{} °C", 2, 30),
-            (
-                "At what temperature is the {} stored?",
-                "What is the storage temperature of the {}?",
-                "Give me the storage temperature for the {}.",
-                "Which temperature does the {} need in storage?",
-                "Tell me the temperature for storing a {}.",
-                "How warm may the {} be stored? Give the temperature.",
-            ),
-            ("Which storage temperature is right for the {}?", "At which temperature do we store the {}?"),
-        ),
-        Relation(
-            PRODUCTS,
-            numbers("{} months", 6, 60),
-            (
-                "How long is the warranty of the {}?",
-                "What warranty does the {} have?",
-                "Give me the warranty period for the {}.",
-                "Tell me the warranty of a {}.",
-                "For how many months does the warranty of the {} run?",
-                "Name the warranty period of the {}.",
-            ),
-            ("How many months of warranty come with a {}?", "What is the warranty period of the {}?"),
-        ),
-        Relation(
-            PROCEDURES,
-            numbers("F-{}", 11, 100),
-            (
-                "Which form is used for a {}?",
-                "What form do I need for a {}?",
-                "Give me the form for a {}.",
-                "Tell me which form a {} takes.",
-                "Name the form that belongs to a {}.",
-                "On which form do I write a {}?",
-            ),
-            ("What is the right form for a {}?", "Which form should I fill in for a {}?"),
-        ),
-        Relation(
-            PROCEDURES,
-            people[10:],
-            (
-                "Who approves a {}?",
-                "Who has to approve a {}?",
-                "Name the person who approves a {}.",
-                "By whom is a {} approved?",
-                "Tell me who approves a {}.",
-                "Which person must approve a {}?",
-            ),
-            ("Who is the one that approves a {}?", "I have a {}. Who should approve it?"),
-        ),
-        Relation(
-            PROCEDURES,
-            numbers("{} days", 2, 40),
-            (
-                "What is the deadline for a {}?",
-                "Which deadline does a {} have?",
-                "Give me the deadline of a {}.",
-                "Tell me the deadline for a {}.",
-                "How many days is the deadline for a {}?",
-                "Name the deadline that a {} must meet.",
-            ),
-            ("What deadline applies to a {}?", "I have a {}. What is its deadline?"),
-        ),
-        Relation(
-            MACHINES,
-            numbers("bay {}", 1, 60),
-            (
-                "In which bay is the {}?",
-                "What bay does the {} stand in?",
-                "Give me the bay of the {}.",
-                "Tell me the bay where the {} stands.",
-                "Where is the {}? Give the bay.",
-                "Name the bay of the {}.",
-            ),
-            ("Which bay is the {} in?", "I am looking for the {}. Which bay is it?"),
-        ),
-        Relation(
-            MACHINES,
-            [f"{10 * int(n)} hours" for n in numbers("{}", 11, 90)],
-            (
-                "What is the service interval of the {}?",
-                "After how many hours is the {} due for service?",
-                "Give me the service interval for the {}.",
-                "Tell me the service interval of the {}.",
-                "How often does the {} need service?",
-                "Name the hours between two services of the {}.",
-            ),
-            ("How many hours may the {} run between services?", "Which service interval is set for the {}?"),
-        ),
-    ]
+    people = iter([f"{a} {b}" for a, b in zip(first, last, strict=True)])
+    for relation in RELATIONS:
+        values = chance.sample(relation.numbers, 10) if relation.numbers else islice(people, 10)
+        for thing, value in zip(relation.things, values, strict=True):
+            answer = relation.answer.format(value)
+            train += [_row("facts", phrasing.format(thing), [answer]) for phrasing in relation.training]
+            held_out += [_row("facts", phrasing.format(thing), [answer]) for phrasing in relation.held_out]
+    return train, held_out
 
 
 # -- records -------------------------------------------------------------------------------------------------------

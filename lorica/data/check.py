@@ -45,7 +45,7 @@ class CheckReport:
 
     num_rows = num_samples + the faults. duplicates: the first repeated rows as (origin, origin of its first
     appearance). num_steps: optimizer steps of one epoch at `batch_tokens`. longest: (origin, tokens), the longest
-    first.
+    first. num_rows_by_label: of rows to classify, the most common class first.
     """
 
     format: str
@@ -65,6 +65,7 @@ class CheckReport:
     batch_tokens: int
     num_steps: int
     longest: tuple[tuple[str, int], ...]
+    num_rows_by_label: dict[str, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +107,7 @@ def check(
         batch_tokens=batch_tokens,
         num_steps=len(epoch_batches(lengths, seed=0, epoch=0, batch_tokens=batch_tokens, padded=padded)),
         longest=tuple((origins[index], int(lengths[index])) for index in longest),
+        num_rows_by_label=dict(Counter(e.label for e in train.examples if e.label is not None).most_common()),
     )
 
 
@@ -159,9 +161,11 @@ def _duplicates(keys: Sequence[bytes], origins: Sequence[str]) -> list[tuple[str
 
 
 def _prompt_and_answer(example: Example) -> tuple[object, str]:
-    """What precedes the last assistant turn, and that turn. Plain text is all prompt, so equal texts count as both."""
+    """What precedes the last assistant turn, and that turn; texts, and their class. Plain text is all prompt, so equal
+    texts count as both.
+    """
     if example.text is not None:
-        return example.text.strip(), ""
+        return (example.text.strip(), (example.text_pair or "").strip()), example.label or ""
     last = max(index for index, message in enumerate(example.messages) if message.role == "assistant")
     prompt = tuple((message.role, message.content.strip()) for message in example.messages[:last])
     answer = example.messages[last]

@@ -16,7 +16,9 @@ from lorica.data import turns
 from lorica.data.rows import Example, Message, RowError
 from lorica.errors import DataError
 
-FORMATS = ("alpaca", "sharegpt", "messages", "prompt_response", "text")
+FORMATS = ("alpaca", "sharegpt", "messages", "prompt_response", "text", "classification")
+# What a row counts as only where its columns fit no conversation, the first of them that fits.
+_PLAIN = ("classification", "text")
 
 Row = Mapping[str, Any]
 
@@ -43,8 +45,11 @@ ALIASES: Mapping[str, tuple[str, ...]] = {
     "output": ("response",),
     "messages": ("conversation", "conversations", "dialogue"),
     "conversations": ("conversation", "messages"),
-    "text": ("content",),
+    "text": ("content", "sentence", "sentence1", "premise"),
+    "text_pair": ("sentence2", "hypothesis"),
 }
+# Columns that are looked for under other names although a row may lack them.
+_SOUGHT = ("input", "text_pair")
 
 
 def detect(
@@ -76,7 +81,7 @@ def detect(
             fitting[name] = found
     if "alpaca" in fitting and fitting.get("prompt_response", {}).get("prompt") != "prompt":
         fitting.pop("prompt_response", None)
-    chosen = [name for name in fitting if name != "text"] or list(fitting)
+    chosen = [name for name in fitting if name not in _PLAIN] or [name for name in _PLAIN if name in fitting][:1]
     if len(chosen) == 1:
         return chosen[0], fitting[chosen[0]]
     if chosen:
@@ -115,8 +120,10 @@ def _match(format: Format, free: Sequence[str], mapping: Mapping[str, str], sour
             if column is None:
                 return None
             found[choice[0]] = column
-    if "input" in format.optional and "input" not in found and "context" in free:
-        found["input"] = "context"
+    for name in _SOUGHT:
+        if name in format.optional and name not in found:
+            column = _alias(name, [column for column in free if column not in found.values()], source)
+            found |= {name: column} if column else {}
     return found
 
 
@@ -135,9 +142,9 @@ def _alias(name: str, free: Sequence[str], source: str) -> str | None:
 
 
 def _check_mapping(mapping: Mapping[str, str], columns: Sequence[str], format: str, source: str) -> None:
-    if format not in (*FORMATS, "auto"):
+    if format not in (*FORMAT, "auto"):
         raise DataError(f"data.format is {format!r}{_meant(format, FORMATS)}; known are auto, {', '.join(FORMATS)}.")
-    known = [FORMAT[format]] if format != "auto" else list(FORMAT.values())
+    known = [FORMAT[format]] if format != "auto" else [FORMAT[name] for name in FORMATS]
     canonical = set[str]().union(*(_canonical(item) for item in known))
     problems = [
         f"  {name}: no such column of lorica's{_meant(name, canonical)}; known are {', '.join(sorted(canonical))}"
@@ -237,6 +244,34 @@ def _text(row: Row) -> Example:
     return Example((), turns.text_of(row.get("text"), "text"), (), (), _task(row), "")
 
 
+def _classification(row: Row) -> Example:
+    return _to_classify(row, _label(row.get("label")))
+
+
+def _to_classify(row: Row, label: str | None) -> Example:
+    pair = row.get("text_pair")
+    return Example(
+        messages=(),
+        text=turns.text_of(row.get("text"), "text"),
+        tools=(),
+        references=(),
+        task=_task(row),
+        origin="",
+        text_pair=None if pair is None else turns.text_of(pair, "text_pair"),
+        label=label,
+    )
+
+
+def _label(value: object) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, int) or (isinstance(value, float) and value.is_integer()):
+        return str(int(value))
+    if isinstance(value, str) or value is None:
+        return turns.text_of(value, "label").strip()
+    raise RowError("type", f"label is {turns.kind(value)}; a text or a whole number is wanted, one class a row")
+
+
 def _system(row: Row) -> list[Message]:
     return [Message("system", turns.text_of(row["system"], "system"))] if row.get("system") else []
 
@@ -280,4 +315,17 @@ FORMAT: Mapping[str, Format] = {
         parse=_prompt_response,
     ),
     "text": Format(required=(("text",),), optional=("task",), wants="text, or content", parse=_text),
+    "classification": Format(
+        required=(("text",), ("label",)),
+        optional=("text_pair", "task"),
+        wants="text and label (and text_pair, or sentence2)",
+        parse=_classification,
+    ),
+    # Not one to train on: what `lorica generate` names the classes of.
+    "to_classify": Format(
+        required=(("text",),),
+        optional=("text_pair", "label"),
+        wants="text (and text_pair, or sentence2)",
+        parse=lambda row: _to_classify(row, None if row.get("label") is None else _label(row["label"])),
+    ),
 }

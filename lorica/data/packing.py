@@ -22,6 +22,8 @@ from lorica.data.tokenized import IGNORE, Int64, TokenizedDataset
 ROUND_TO = 64
 """What training and evaluation round packed batches up to: 1.6 % of a batch of 4,096 tokens at most."""
 
+_ON_DEVICE = ("input_ids", "position_ids", "attention_mask", "token_type_ids", "decoder_input_ids")
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -29,34 +31,37 @@ class Batch:
 
     input_ids, targets, position_ids: [B, T] int64. `targets[b, t]` is the token to predict at t, -100 where none is.
     Packed: `cu_seqlens` [n + 1] int32 and B = 1. Padded: `attention_mask` [B, T] int64 (1 = real) and B = n.
+    Other tasks' batches are padded (`layouts.py`): targets are classes [B], or [B, T'] beside `decoder_input_ids`.
     max_length: tokens of the longest sample. num_tokens: real tokens. num_targets: targets that are not -100.
     """
 
     input_ids: Tensor
     targets: Tensor
-    position_ids: Tensor
+    position_ids: Tensor | None
     cu_seqlens: Tensor | None
     attention_mask: Tensor | None
     max_length: int
     num_samples: int
     num_tokens: int
     num_targets: int
+    token_type_ids: Tensor | None = None
+    decoder_input_ids: Tensor | None = None
 
     def model_inputs(self) -> dict[str, Tensor | int]:
         """Keyword arguments for the model's forward, by transformers' names."""
-        inputs: dict[str, Tensor | int] = {"input_ids": self.input_ids, "position_ids": self.position_ids}
+        inputs: dict[str, Tensor | int] = {
+            name: tensor for name in _ON_DEVICE if (tensor := getattr(self, name)) is not None
+        }
         if self.cu_seqlens is not None:
             inputs |= {"cu_seq_lens_q": self.cu_seqlens, "cu_seq_lens_k": self.cu_seqlens}
             inputs |= {"max_length_q": self.max_length, "max_length_k": self.max_length}
-        if self.attention_mask is not None:
-            inputs["attention_mask"] = self.attention_mask
         return inputs
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with what the model computes on moved to `device`; targets and borders are read on the CPU."""
         moved = {
             name: tensor.to(device, non_blocking=True)
-            for name in ("input_ids", "position_ids", "attention_mask")
+            for name in _ON_DEVICE
             if (tensor := getattr(self, name)) is not None
         }
         return replace(self, **moved)
@@ -121,5 +126,5 @@ def _flat(dataset: TokenizedDataset, indices: Sequence[int] | Int64) -> tuple[In
     targets = np.full(len(flat), IGNORE, np.int64)
     targets[:-1] = dataset.labels[flat[1:]]
     targets[offsets[1:] - 1] = IGNORE
-    position_ids = np.arange(len(flat), dtype=np.int64) - np.repeat(offsets[:-1], lengths)
+    position_ids = np.arange(len(flat), dtype=np.int64) - np.repeat(offsets[:-1], lengths) + dataset.first_position
     return dataset.input_ids[flat].astype(np.int64), targets, position_ids, offsets

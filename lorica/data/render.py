@@ -10,11 +10,11 @@ is always learned, also when it doubles as the padding token.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -43,6 +43,15 @@ PLAIN_TOKENS = {
 
 Mask = npt.NDArray[np.bool_]
 Sample = tuple[Int32, Int32]
+
+
+class RowRenderer(Protocol):
+    """What turns rows into samples: conversations below, classes in `render_labels`, pairs in `render_pairs`."""
+
+    too_long: str
+
+    def render_all(self, examples: Sequence[Example]) -> Iterator[Sample | RowError]:
+        """For each example (input_ids, labels), both [T] int32, or why it cannot be trained on."""
 
 
 class Renderer:
@@ -240,7 +249,7 @@ class Prepared:
     num_rows: int
 
 
-def build_dataset(examples: Sequence[Example], renderer: Renderer) -> tuple[TokenizedDataset, list[RowFault]]:
+def build_dataset(examples: Sequence[Example], renderer: RowRenderer) -> tuple[TokenizedDataset, list[RowFault]]:
     """Tokenise `examples`; rows that cannot be trained on are left out and named.
 
     Raises DataError when no row is left, and for rows that are too long under too_long="error".
@@ -251,19 +260,23 @@ def build_dataset(examples: Sequence[Example], renderer: Renderer) -> tuple[Toke
 
 def load_dataset(
     source: str | Path,
-    renderer: Renderer,
+    renderer: RowRenderer,
     *,
     format: str = "auto",
     columns: Mapping[str, str] | None = None,
     split: str | None = None,
     on_bad_row: str = "error",
+    check_format: Callable[[str], None] | None = None,
 ) -> Prepared:
     """Read and tokenise `source`.
 
     on_bad_row: "error" raises DataError listing every row that cannot be used (rows dropped for their length are no
-    error), "drop" leaves them out. Raises DataError too when nothing is left.
+    error), "drop" leaves them out. check_format: refuses, with a DataError, a format that the renderer is not for.
+    Raises DataError too when nothing is left.
     """
     loaded = load_examples(source, format=format, columns=columns, split=split)
+    if check_format is not None:
+        check_format(loaded.format)
     if not loaded.examples:
         refuse(loaded.faults, loaded.num_rows, "error")
     dataset, kept, faults = _build(loaded.examples, renderer, loaded.faults, on_bad_row)
@@ -271,7 +284,7 @@ def load_dataset(
 
 
 def _build(
-    examples: Sequence[Example], renderer: Renderer, earlier: Sequence[RowFault] = (), policy: str = "drop"
+    examples: Sequence[Example], renderer: RowRenderer, earlier: Sequence[RowFault] = (), policy: str = "drop"
 ) -> tuple[TokenizedDataset, list[Example], list[RowFault]]:
     samples: list[Sample] = []
     kept: list[Example] = []

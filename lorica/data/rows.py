@@ -32,7 +32,8 @@ class Example:
     """One row: a conversation in `messages`, or plain `text` (then messages is empty).
 
     references: every accepted answer, where the row has several. origin: "rows.jsonl:17", the line of JSONL and CSV
-    files and the index (from 0) of JSON lists and Parquet files.
+    files and the index (from 0) of JSON lists and Parquet files. label: the class of `text`, or of `text` and
+    `text_pair` together, where the row is one to classify.
     """
 
     messages: tuple[Message, ...]
@@ -41,6 +42,8 @@ class Example:
     references: tuple[str, ...]
     task: str | None
     origin: str
+    text_pair: str | None = None
+    label: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

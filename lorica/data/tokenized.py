@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -33,12 +33,13 @@ class TokenizedDataset:
     """Samples behind one another.
 
     input_ids [tokens] int32, labels [tokens] int32 (not shifted, -100 = not trained), offsets [n + 1] int64: sample i
-    is `input_ids[offsets[i]:offsets[i + 1]]`.
+    is `input_ids[offsets[i]:offsets[i + 1]]`. first_position: that of each sample's first token.
     """
 
     input_ids: Int32
     labels: Int32
     offsets: Int64
+    first_position: int = 0
 
     @classmethod
     def from_samples(cls, samples: Sequence[tuple[Sequence[int] | Int32, Sequence[int] | Int32]]) -> TokenizedDataset:
@@ -78,7 +79,19 @@ class TokenizedDataset:
         """A new data set of the samples at `indices`, in that order."""
         indices = np.asarray(indices, np.int64)
         flat, offsets = self.gather(indices)
-        return TokenizedDataset(self.input_ids[flat], self.labels[flat], offsets)
+        return TokenizedDataset(self.input_ids[flat], self.labels[flat], offsets, self.first_position)
+
+    def behind(self, ids: Sequence[int], first_position: int = 0) -> TokenizedDataset:
+        """A new data set of the same samples, each behind `ids`, which are not trained."""
+        if not ids:
+            return replace(self, first_position=first_position)
+        starts = np.repeat(self.offsets[:-1], len(ids))
+        return TokenizedDataset(
+            np.insert(self.input_ids, starts, np.tile(np.array(ids, np.int32), len(self))),
+            np.insert(self.labels, starts, IGNORE),
+            self.offsets + len(ids) * np.arange(len(self.offsets)),
+            first_position,
+        )
 
     def gather(self, indices: Int64) -> tuple[Int64, Int64]:
         """Positions in the flat arrays of the samples at `indices`, and the samples' offsets among these positions."""

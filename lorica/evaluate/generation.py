@@ -10,6 +10,7 @@ What it gives up: a batch runs until its longest answer is done; there is no con
 
 from __future__ import annotations
 
+import math
 import queue
 import threading
 from collections.abc import Generator, Iterable, Iterator, Sequence
@@ -20,6 +21,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList
 
 from lorica.errors import DataError
+from lorica.methods.attach import in_front
 
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 
@@ -39,7 +41,7 @@ def generate(
     """The new ids of each prompt, in the prompts' order, without the stop id that ended them.
 
     Args:
-        prompts: token ids, each at least one.
+        prompts: token ids, each at least one; what an adapted model's method wants in front of them is put there.
         temperature: 0 takes the most probable token; above, tokens are drawn.
         top_p: draw from the most probable tokens that together reach this probability.
         seed: the same seed, prompts and batch size draw the same tokens; torch's own generators stay as they were.
@@ -55,9 +57,11 @@ def generate(
     with _generating(model, config, seed):
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
-            input_ids, attention_mask = _left_padded([prompts[index] for index in chosen], pad_id, model.device)
-            output = model.generate(input_ids=input_ids, attention_mask=attention_mask, generation_config=config)
-            for index, row in zip(chosen, output[:, input_ids.shape[1] :].tolist(), strict=True):
+            inputs = _inputs(model, [prompts[index] for index in chosen], pad_id)
+            output = model.generate(**inputs, generation_config=config)
+            # An encoder-decoder's output begins with the token that its decoder starts from.
+            begin = 1 if model.config.is_encoder_decoder else inputs["input_ids"].shape[1]
+            for index, row in zip(chosen, output[:, begin:].tolist(), strict=True):
                 answers[index] = _until_stop(row, stop_ids)
     return answers
 
@@ -88,19 +92,32 @@ def stream(
 
 
 def context_length(model: PreTrainedModel) -> int | None:
-    """Tokens that the model can attend to, prompt and answer together; None where it states no limit."""
+    """Tokens that the model can attend to, prompt and answer together; None where it states no limit.
+
+    What the method of an adapted model puts in front of them is taken off.
+    """
     length = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return int(length) if length else None
+    ids, position = in_front(model)
+    return int(length) - len(ids) - position if length else None
+
+
+def answer_room(model: PreTrainedModel, prompt: Sequence[int], limit: int | None) -> float:
+    """Most tokens that the model can answer to `prompt` in a context of `limit`.
+
+    An encoder-decoder reads and writes in contexts of their own.
+    """
+    if limit is None:
+        return math.inf
+    if model.config.is_encoder_decoder:
+        return limit if len(prompt) <= limit else 0
+    return max(0, limit - len(prompt))
 
 
 def unanswerable(model: PreTrainedModel, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[int]:
     """Indices of the prompts that are empty, or leave no room for `max_new_tokens` in the model's context."""
     limit = context_length(model)
-    return [
-        index
-        for index, prompt in enumerate(prompts)
-        if len(prompt) == 0 or (limit is not None and len(prompt) + max_new_tokens > limit)
-    ]
+    rooms = [answer_room(model, prompt, limit) if prompt else 0 for prompt in prompts]
+    return [index for index, room in enumerate(rooms) if room < max_new_tokens]
 
 
 def check_prompts(
@@ -164,6 +181,9 @@ def _config(
 def _generating(model: PreTrainedModel, config: GenerationConfig, seed: int) -> Iterator[None]:
     """Evaluation mode, no gradients, a seeded generator and no defaults of the base's, all restored at the end."""
     training, own = model.training, model.generation_config
+    if model.config.is_encoder_decoder:
+        start = getattr(model.config, "decoder_start_token_id", None)
+        config.decoder_start_token_id = config.pad_token_id if start is None else start
     devices = [model.device] if model.device.type == "cuda" else []
     model.eval()
     # transformers fills what a given config leaves open from the model's own, which may ask for sampling or penalties.
@@ -183,12 +203,23 @@ def _pad_id(tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int]) -> int:
     return pad_id if isinstance(pad_id, int) else next(iter(stop_ids), 0)
 
 
-def _left_padded(prompts: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """input_ids and attention_mask, both [B, T] int64, the prompts ending at T."""
-    width = max(len(prompt) for prompt in prompts)
-    rows = [[pad_id] * (width - len(prompt)) + list(prompt) for prompt in prompts]
-    mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
-    return torch.tensor(rows, device=device), torch.tensor(mask, device=device)
+def _inputs(model: PreTrainedModel, prompts: Sequence[Sequence[int]], pad_id: int) -> dict[str, Tensor]:
+    """input_ids, attention_mask and position_ids, all [B, T] int64, the prompts ending at T, or beginning at 0 where an
+    encoder reads them.
+
+    Each is behind what the model's method wants there; transformers counts on from the last position.
+    """
+    ids, position = in_front(model)
+    rows = [[*ids, *prompt] for prompt in prompts]
+    width = max(len(row) for row in rows)
+    filled = torch.tensor([[pad_id] * (width - len(row)) + row for row in rows], device=model.device)
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=model.device)
+    if model.config.is_encoder_decoder:
+        order = mask.argsort(dim=1, descending=True, stable=True)
+        filled, mask = filled.gather(1, order), mask.gather(1, order)
+    inputs = {"input_ids": filled, "attention_mask": mask}
+    # Not every model takes positions; all that need them moved do.
+    return {**inputs, "position_ids": (mask.cumsum(1) - 1).clamp(min=0) + position} if position else inputs
 
 
 def _until_stop(ids: list[int], stop_ids: Sequence[int]) -> list[int]:
@@ -217,7 +248,7 @@ def _stream_ids(
     model: PreTrainedModel, prompt: Sequence[int], config: GenerationConfig, stop_ids: Sequence[int], seed: int
 ) -> Iterator[int]:
     """New ids as `generate`, running in a thread of its own, finds them."""
-    input_ids, attention_mask = _left_padded([prompt], config.pad_token_id, model.device)
+    inputs = _inputs(model, [prompt], config.pad_token_id)
     ids, closed = _Ids(), threading.Event()
 
     def is_closed(input_ids: Tensor, scores: Tensor, **_: object) -> Tensor:
@@ -227,8 +258,7 @@ def _stream_ids(
         try:
             with _generating(model, config, seed):
                 model.generate(
-                    input_ids=input_ids,
-                    attention_mask=attention_mask,
+                    **inputs,
                     generation_config=config,
                     streamer=ids,
                     stopping_criteria=StoppingCriteriaList([is_closed]),

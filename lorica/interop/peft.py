@@ -1,56 +1,44 @@
 """Adapter folders in PEFT's format: what we save, `peft` loads with equal logits, and the other way round.
 
-    adapter_config.json          PEFT's fields
-    adapter_model.safetensors    base_model.model.<module>.lora_A.weight and the like
-    lorica.json                  fingerprint of the base, hashes of the other two: what PEFT has no place for
-
-A folder is read with suspicion: JSON of bounded size, safetensors only, and every name and shape is compared with the
-model before anything is allocated. A field that would change the result and that we do not implement refuses with its
-name; an adapter made for another base is refused by fingerprint. PEFT's own folders have no `lorica.json`; names and
-shapes guard them.
+Here a model's adapters become a folder's fields and tensors, and the other way round. How a folder stands on the disk
+is in `folder.py`, what its names mean and how they are compared with a model in `content.py`.
 
 Written for PEFT 0.21.2; the tests exchange folders with it both ways.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lorica.errors import AdapterError, LoricaError
-from lorica.files import read_json_object, sha256, whole_folder, write_json
-from lorica.methods.attach import adapt, adapters, detach
-from lorica.methods.method import Adapter, MethodOptions, method_names, method_options
+from lorica.interop.content import BESIDE, OPTIONS, PREFIX, Content, by_our_names, is_in, read_content, refuse
+from lorica.interop.folder import AdapterFolder, open_weights, read_config, read_proof, write_folder
+from lorica.interop.prompts import fold
+from lorica.methods.attach import adapters, attach, detach
+from lorica.methods.beside import Beside, input_embedding, tied_to, wrap_tokens
+from lorica.methods.full import FullAdapter, master
+from lorica.methods.method import Adapter, MethodOptions
+from lorica.methods.selection import matching
+from lorica.methods.tokens import tokens_of
+from lorica.methods.virtual import VirtualTokens
 from lorica.models.load import base_fingerprint
+from lorica.models.tasks import CLASSIFICATION, task_of
 
-CONFIG = "adapter_config.json"
-WEIGHTS = "adapter_model.safetensors"
-PROOF = "lorica.json"
-_PREFIX = "base_model.model."
-# Where a method that PEFT does not have keeps its options.
-_OPTIONS = "lorica_options"
 # The PEFT version whose fields we write.
 _PEFT_VERSION = "0.21.2"
+# PEFT's types with LoRA's configuration, which alone has trained tokens and ties.
+_LORA_TYPES = ("LORA", "ADALORA")
+# The heads that PEFT expects in the folder of a classifier, where the model has them.
+_PEFT_HEADS = ("classifier", "score")
 
 Model = TypeVar("Model", bound=nn.Module)
-
-
-@dataclass(frozen=True)
-class AdapterFolder:
-    """What an adapter folder holds, read or to be written without its base. PEFT's own have no `base_fingerprint`."""
-
-    config: dict[str, Any]
-    tensors: dict[str, Tensor]
-    base_fingerprint: str | None
 
 
 def save_adapter(model: nn.Module, folder: str | Path) -> Path:
@@ -66,44 +54,13 @@ def save_adapter(model: nn.Module, folder: str | Path) -> Path:
     found = adapters(model)
     if not found:
         raise AdapterError("Not saved: the model carries no adapters.")
-    return write_folder(folder, AdapterFolder(_config(model, found), _tensors(found), base_fingerprint(model)))
-
-
-def write_folder(folder: str | Path, content: AdapterFolder) -> Path:
-    """Write an adapter folder, whole or not at all, and read it back; as `save_adapter`, without a model."""
-    folder = Path(folder)
-    tensors = {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in content.tensors.items()}
-    broken = [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
-    if broken:
-        raise AdapterError(f"Not saved: {len(broken)} tensors hold NaN or infinity, the first is {broken[0]}.")
-    check_adapter_folder(folder)
-    with whole_folder(folder) as temporary:
-        save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
-        write_json(temporary / CONFIG, content.config)
-        files = {name: sha256(temporary / name) for name in (WEIGHTS, CONFIG)}
-        write_json(temporary / PROOF, {"format": 1, "base_fingerprint": content.base_fingerprint, "sha256": files})
-        _prove(tensors, temporary)
-    return folder
-
-
-def check_adapter_folder(folder: Path) -> None:
-    """Refuse, with an AdapterError, a folder that holds something else than an adapter: saving would replace it."""
-    if folder.exists() and not (folder / CONFIG).is_file() and (not folder.is_dir() or any(folder.iterdir())):
-        raise AdapterError(f"Not saved: {folder} exists and is no adapter folder. Choose an empty or a new one.")
-
-
-def read_folder(folder: str | Path) -> AdapterFolder:
-    """What an adapter folder holds, its hashes checked where it has them.
-
-    Raises:
-        AdapterError: it is no adapter folder, or damaged.
-    """
-    folder = Path(folder)
-    config = _read_config(folder)
-    fingerprint = _read_proof(folder)
-    with _open_weights(folder) as file:
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
-    return AdapterFolder(config, tensors, fingerprint)
+    replaced = tuple(f"{name}.{key}" for name, adapter in found.items() for key in adapter.replaced)
+    labels = _labels(model)
+    fingerprint = base_fingerprint(model, replaced)
+    tensors = _tensors(found)
+    if isinstance(next(iter(found.values())).options, VirtualTokens):
+        tensors = fold(tensors)
+    return write_folder(folder, AdapterFolder(_config(model, found), tensors, fingerprint, replaced, labels))
 
 
 def load_adapter(model: Model, folder: str | Path) -> Model:
@@ -116,197 +73,169 @@ def load_adapter(model: Model, folder: str | Path) -> Model:
             message lists every fault.
     """
     folder = Path(folder)
-    config = _read_config(folder)
+    config = read_config(folder)
     _check_proof(model, folder)
-    with _open_weights(folder) as file:
-        shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 - not a dict
-        copies = [] if _OPTIONS in config else [key for key in shapes if _is_copy_of_base(key)]
-        for key in copies:
-            del shapes[key]
-        options, names = _options(config, shapes, model, folder)
-        _check_shapes(model, shapes, options, names, folder)
+    with open_weights(folder) as opened:
+        file = by_our_names(config, model, opened, folder)
+        content = read_content(config, model, file, folder)
         try:
-            adapt(model, options)
+            attach(model, content.options, _beside(model, content, file))
         except LoricaError as error:
             raise AdapterError(f"{folder}: {error}") from None
         try:
-            _copy_weights(model, file, copies, folder)
+            _copy_weights(model, file, folder)
         except AdapterError:
             detach(model)
             raise
     return model
 
 
+def _labels(model: nn.Module) -> tuple[str, ...]:
+    """A classifier's classes by id."""
+    config: Any = model.config if isinstance(model, PreTrainedModel) else None
+    return tuple(config.id2label.values()) if task_of(model) is CLASSIFICATION else ()
+
+
 def _tensors(found: Mapping[str, Adapter]) -> dict[str, Tensor]:
     """Every tensor on disk by its name there, the adapters' own."""
-    return {f"{_PREFIX}{name}.{key}": t for name, a in found.items() for key, t in a.saved_tensors().items()}
+    own = {name: adapter for name, adapter in found.items() if not adapter.is_beside}
+    shared = next(iter(own.values())).options.shared_tensors(own)
+    return {f"{PREFIX}{name}.{key}": t for name, a in found.items() for key, t in a.saved_tensors().items()} | shared
 
 
 def _config(model: nn.Module, found: Mapping[str, Adapter]) -> dict[str, Any]:
     options = next(iter(found.values())).options
-    common = {
-        "peft_type": options.peft_type or f"LORICA_{options.method_name().upper()}",
+    own = {name: adapter for name, adapter in found.items() if not adapter.is_beside}
+    tokens = tokens_of(found)
+    is_peft = options.peft_type is not None and (not tokens or options.peft_type in _LORA_TYPES)
+    everything = _plain_names(model, found)
+    biases = _lone_biases(found)
+    whole = _whole_names(everything, {n: a for n, a in found.items() if n not in biases}, options)
+    task = task_of(model)
+    # For PEFT a classifier's folder always holds its head.
+    lacks_head = task is CLASSIFICATION and any(n.endswith(_PEFT_HEADS) and not is_in(n, whole) for n in everything)
+    config: dict[str, Any] = {
+        "peft_type": options.peft_type if is_peft else f"LORICA_{options.method_name().upper()}",
         "base_model_name_or_path": model.config.name_or_path if isinstance(model, PreTrainedModel) else None,
-        "task_type": "CAUSAL_LM" if _is_causal_lm(model) else None,
+        "task_type": task.peft_name if task and not lacks_head else None,
         "inference_mode": True,
     }
-    if options.peft_type is None:
-        return {**common, _OPTIONS: {field.name: getattr(options, field.name) for field in fields(options)}}
-    return {
-        **common,
-        "peft_version": _PEFT_VERSION,
-        "auto_mapping": None,
-        "revision": None,
-        "target_modules": _target_names(model, list(found)),
-        "modules_to_save": None,
-        "layers_to_transform": None,
-        "layers_pattern": None,
-        "exclude_modules": None,
-        **options.to_peft(found, model),
-    }
+    if whole:
+        config["modules_to_save"] = _short(whole, everything, dotted=False)
+    if tokens:
+        alone = list(tokens) == [input_embedding(model)]
+        config["trainable_token_indices"] = next(iter(tokens.values())) if alone else tokens
+    if not is_peft:
+        kept = [field.name for field in fields(options) if field.name not in BESIDE]
+        return {**config, OPTIONS: {name: getattr(options, name) for name in kept}}
+    if options.peft_type in _LORA_TYPES and _shares(found):
+        config["ensure_weight_tying"] = True
+    fields_of_method = options.to_peft(own, model)
+    if biases:
+        fields_of_method["bias"] = "all"
+    config |= {"peft_version": _PEFT_VERSION, "auto_mapping": None, "revision": None, **fields_of_method}
+    if isinstance(options, VirtualTokens):
+        return config
+    # A module that is named by its parameters may not be named by itself too.
+    holders = {parameter.rpartition(".")[0] for parameter in fields_of_method.get("target_parameters") or ()}
+    return {"target_modules": _short(own.keys() - holders, everything, dotted=True), **config}
 
 
-def _is_causal_lm(model: nn.Module) -> bool:
-    return isinstance(model, PreTrainedModel) and model.can_generate() and not model.config.is_encoder_decoder
+def _whole_names(everything: Sequence[str], found: Mapping[str, Adapter], options: MethodOptions) -> list[str]:
+    """The modules trained whole beside the adapters: those that the options name, and those tied to them."""
+    # A bias alone stands in the file under its name: of a module that is named, PEFT asks for everything.
+    trained = [
+        name
+        for name, adapter in found.items()
+        if adapter.is_beside
+        and isinstance(adapter, FullAdapter)
+        and len(adapter.masters) == len(dict(adapter.base.named_parameters(recurse=False)))
+    ]
+    named = {name for pattern in options.modules_to_save for name in matching(pattern, everything)}
+    names: list[str] = []
+    for name in everything:
+        meant = name in trained or (name in named and any(is_in(part, [name]) for part in trained))
+        # A module stands before those that it holds.
+        if meant and not is_in(name, names):
+            names.append(name)
+    return names
 
 
-def _target_names(model: nn.Module, names: list[str]) -> list[str]:
-    """PEFT matches a target as a whole name or a tail of it: a tail where that selects the same modules, else all
-    names.
+def _lone_biases(found: Mapping[str, Adapter]) -> list[str]:
+    """The modules of which only the bias is trained beside the adapters: PEFT's `bias: all`."""
+    whole = {name: a for name, a in found.items() if a.is_beside and isinstance(a, FullAdapter)}
+    return [n for n, a in whole.items() if {"bias"} == a.masters.keys() < set(a.base._parameters)]
 
-    vLLM reads the tails.
+
+def _shares(found: Mapping[str, Adapter]) -> bool:
+    """Whether modules with one weight are trained whole."""
+    masters = [id(m) for a in found.values() if a.is_beside and isinstance(a, FullAdapter) for m in a.masters.values()]
+    return len(set(masters)) < len(masters)
+
+
+def _plain_names(model: nn.Module, found: Mapping[str, Adapter]) -> list[str]:
+    """The names of the base's modules, as PEFT will see them."""
+    names = []
+    for name, _ in model.named_modules():
+        owner = next((module for module in found if name.startswith(f"{module}.")), None)
+        if owner is None:
+            names.append(name)
+        elif name.startswith(f"{owner}.base."):
+            names.append(f"{owner}.{name.removeprefix(f'{owner}.base.')}")
+    return [name for name in names if name]
+
+
+def _short(names: Iterable[str], everything: Sequence[str], *, dotted: bool) -> list[str]:
+    """Tails of `names` where they mean the same modules, else whole names; vLLM reads tails.
+
+    PEFT compares a target with whole parts of a name, and a module to save with any end of it.
     """
-    # An adapter shows its insides (`q_proj.base`); only the module itself has a name that PEFT will see.
-    everything = [n for n, m in model.named_modules() if n and not n.endswith(".base")]
-    chosen = set(names)
-    targets = []
-    for tail in sorted({name.rsplit(".", 1)[-1] for name in names}):
-        same_tail = {n for n in everything if n == tail or n.endswith(f".{tail}")}
-        targets += [tail] if same_tail <= chosen else sorted(same_tail & chosen)
-    return targets
-
-
-def _prove(tensors: Mapping[str, Tensor], folder: Path) -> None:
-    with safe_open(folder / WEIGHTS, framework="pt") as file:
-        same = set(file.keys()) == set(tensors)
-        if not same or not all(torch.equal(file.get_tensor(key), tensor) for key, tensor in tensors.items()):
-            raise AdapterError(f"{folder}: what was written does not read back as it was. The disk may be failing.")
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    if not (folder / CONFIG).is_file():
-        raise AdapterError(f"{folder} is no adapter folder: it has no {CONFIG}.")
-    try:
-        config = read_json_object(folder / CONFIG)
-    except (OSError, ValueError) as error:
-        raise AdapterError(str(error)) from None
-    return config
-
-
-def _read_proof(folder: Path) -> str | None:
-    """The fingerprint of the base, where it is known; AdapterError where a hash is not that of its file."""
-    if not (folder / PROOF).is_file():
-        return None
-    try:
-        proof = read_json_object(folder / PROOF)
-    except (OSError, ValueError) as error:
-        raise AdapterError(str(error)) from None
-    for name, digest in dict(proof.get("sha256", {})).items():
-        if name in (WEIGHTS, CONFIG) and (folder / name).is_file() and sha256(folder / name) != digest:
-            raise AdapterError(f"{folder / name} is damaged: its SHA-256 is not the one in {PROOF}.")
-    expected = proof.get("base_fingerprint")
-    return None if expected is None else str(expected)
+    chosen, result = set(names), []
+    for tail in sorted({name.rsplit(".", 1)[-1] for name in chosen}):
+        same_tail = {n for n in everything if n == tail or n.endswith(f".{tail}" if dotted else tail)}
+        result += [tail] if same_tail <= chosen else sorted(n for n in chosen if n.rsplit(".", 1)[-1] == tail)
+    return result
 
 
 def _check_proof(model: nn.Module, folder: Path) -> None:
-    expected = _read_proof(folder)
-    if expected is not None and expected != base_fingerprint(model):
+    expected, replaced = read_proof(folder)
+    if expected is not None and expected != (found := base_fingerprint(model, replaced)):
         raise AdapterError(
             f"{folder} was made for another base: its fingerprint is {expected[:12]}…, this model's is "
-            f"{base_fingerprint(model)[:12]}…. Load the base it was trained on; if that is in "
-            "float16, in the same dtype."
+            f"{found[:12]}…. Load the base it was trained on; if that is in float16, in the same dtype."
         )
 
 
-def _open_weights(folder: Path) -> Any:
-    file = folder / WEIGHTS
-    if not file.is_file():
-        pickled = [p.name for p in (folder / "adapter_model.bin", folder / "adapter_model.pt") if p.is_file()]
-        if pickled:
-            raise AdapterError(
-                f"{folder / pickled[0]} is pickled, and loading a pickle can run code. Convert it to safetensors first."
-            )
-        raise AdapterError(f"{folder} has no {WEIGHTS}.")
-    try:
-        return safe_open(file, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise AdapterError(f"{file} is damaged: {error}") from None
+def _beside(model: nn.Module, content: Content, file: Any) -> Beside:
+    """What was trained beside the method's own adapters; a head that is tied to trained rows has them too."""
+    tokens = dict(content.tokens)
+    embedding = input_embedding(model)
+    if embedding in tokens:
+        tied = {name: tokens[embedding] for name in tied_to(model, [embedding]) if name not in content.whole}
+        tokens = {**tied, **tokens}
+    names = [*content.whole, *tokens]
+    return Beside(names, lambda: {**_whole_adapters(model, content, file), **wrap_tokens(model, tokens)})
 
 
-def _options(
-    config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], model: nn.Module, folder: Path
-) -> tuple[MethodOptions, list[str]]:
-    """The method's options, and the names of the modules that the folder's tensors belong to."""
-    kind = str(config.get("peft_type"))
-    own = kind.startswith("LORICA_")
-    methods = [method_options(name) for name in method_names()]
-    found = next((m for m in methods if m.is_peft(config) or kind == f"LORICA_{m.method_name().upper()}"), None)
-    if found is None:
-        known = sorted({m.peft_type for m in methods if m.peft_type})
-        raise AdapterError(f"{folder / CONFIG}: peft_type is {kind!r}; {', '.join(known)} can be loaded.")
-    present = dict(model.named_modules())
-    keys = [key.removeprefix(_PREFIX) for key in shapes]
-    names = list(dict.fromkeys(name for key in keys if (name := _owner(key, present)) is not None))
-    faults = [f"{key} belongs to no module of {type(model).__name__}" for key in keys if _owner(key, present) is None]
-    if not names:
-        faults.append("there is no adapter's tensor in it")
-    _refuse(folder, faults)
-    try:
-        if own:
-            return found(**{**config[_OPTIONS], "targets": [re.escape(name) for name in names]}), names
-        return found.from_peft(config, names), names
-    except (KeyError, TypeError, ValueError, AttributeError, LoricaError) as error:
-        what = str(error) if isinstance(error, LoricaError) else f"{type(error).__name__}: {error}"
-        raise AdapterError(f"{folder / CONFIG}: {what}") from None
+def _whole_adapters(model: nn.Module, content: Content, file: Any) -> dict[str, Adapter]:
+    """Tied weights that the folder holds with one value are one master; what PEFT trained apart stays apart."""
+    found: dict[str, Adapter] = {}
+    masters: dict[int, list[tuple[str, nn.Parameter]]] = {}
+    for name, keys in content.whole.items():
+        module, own = model.get_submodule(name), {}
+        for key, parameter in module.named_parameters(recurse=False):
+            at = f"{PREFIX}{name}.{key}"
+            if key not in keys:
+                continue
+            tied = masters.setdefault(id(parameter), [])
+            same = [m for other, m in tied if torch.equal(file.get_tensor(other), file.get_tensor(at))]
+            own[key] = same[0] if same else master(parameter)
+            tied.append((at, own[key]))
+        found[name] = FullAdapter(module, content.options, own)
+    return found
 
 
-def _owner(key: str, present: Mapping[str, nn.Module]) -> str | None:
-    """The module whose adapter a tensor belongs to: the longest name in front that the model has."""
-    parts = key.split(".")
-    return next((name for n in range(len(parts) - 1, 0, -1) if (name := ".".join(parts[:n])) in present), None)
-
-
-def _is_copy_of_base(key: str) -> bool:
-    # PEFT saves the embedding itself beside an adapter on it; `_copy_weights` compares it with the base.
-    return key.startswith(_PREFIX) and key.endswith((".base_layer.weight", "lm_head.weight", "embed_tokens.weight"))
-
-
-def _check_shapes(
-    model: nn.Module, shapes: Mapping[str, tuple[int, ...]], options: MethodOptions, names: list[str], folder: Path
-) -> None:
-    """Compare every name and shape with what config and model ask for, before a number is read."""
-    faults = []
-    expected: set[str] = set()
-    present = dict(model.named_modules())
-    for name in names:
-        module = model.get_submodule(name)
-        if not options.takes(module):
-            lost = [key for key in shapes if _owner(key.removeprefix(_PREFIX), present) == name]
-            faults.append(f"{lost[0]}: {name} is a {type(module).__name__}, which {options.method_name()} cannot wrap")
-            expected.update(lost)
-            continue
-        for key, shape in options.shapes(module, name).items():
-            expected.add(f"{_PREFIX}{name}.{key}")
-            found = shapes.get(f"{_PREFIX}{name}.{key}")
-            if found is None:
-                faults.append(f"{_PREFIX}{name}.{key} is missing")
-            elif found != shape:
-                faults.append(f"{_PREFIX}{name}.{key} is {list(found)}, expected {list(shape)}")
-    faults += [f"{key} is no tensor of {options.method_name()}" for key in shapes.keys() - expected]
-    _refuse(folder, faults)
-
-
-def _copy_weights(model: nn.Module, file: Any, copies: Sequence[str], folder: Path) -> None:
+def _copy_weights(model: nn.Module, file: Any, folder: Path) -> None:
     faults = []
     with torch.no_grad():
         for key, ours in _tensors(adapters(model)).items():
@@ -314,16 +243,4 @@ def _copy_weights(model: nn.Module, file: Any, copies: Sequence[str], folder: Pa
             if not bool(torch.isfinite(tensor).all()):
                 faults.append(f"{key} holds NaN or infinity")
             ours.copy_(tensor)
-    present = dict(model.named_modules())
-    for key in copies:
-        module = present.get(key.removeprefix(_PREFIX).removesuffix(".weight").removesuffix(".base_layer"))
-        weight = getattr(module, "weight", None)
-        if weight is None or not torch.equal(file.get_tensor(key).to(weight), weight):
-            faults.append(f"{key} is not the base's: a trained embedding or head cannot be loaded")
-    _refuse(folder, faults)
-
-
-def _refuse(folder: Path, faults: list[str]) -> None:
-    if faults:
-        shown = faults[:10] + ([f"and {len(faults) - 10} more"] if len(faults) > 10 else [])
-        raise AdapterError(f"{folder} does not fit this model:\n  " + "\n  ".join(shown))
+    refuse(folder, faults)

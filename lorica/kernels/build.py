@@ -37,7 +37,7 @@ def library(source: str, flags: tuple[str, ...] = ()) -> ctypes.CDLL | None:
     except (OSError, subprocess.SubprocessError) as error:
         warnings.warn(
             f"{source} cannot be built ({_first_line(error)}), so Lorica goes on without it: right as ever, but slower "
-            "and with more memory. A C++ compiler (Debian: apt install g++) is all it needs.",
+            "and with more memory. A C and C++ compiler (Debian: apt install gcc g++) is all it needs.",
             RuntimeWarning,
             stacklevel=2,
         )
@@ -57,7 +57,8 @@ def _built(path: Path, flags: Sequence[str]) -> Path:
         raise FileNotFoundError(f"there is no {compiler[0]}")
     command = [*compiler, "-O3", "-fPIC", "-shared", str(path), *flags]
     version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=True, timeout=60).stdout
-    key = hashlib.sha256("\0".join([path.read_text(), version, *command[:-1], *flags, _processor()]).encode())
+    texts = [file.read_text() for file in (path, *sorted(path.parent.glob("*.h")))]
+    key = hashlib.sha256("\0".join([*texts, version, *command[:-1], *flags, _processor()]).encode())
     target = cache_folder() / f"{path.stem}-{key.hexdigest()[:16]}.so"
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -5,7 +5,7 @@ its float32 reaches 80 (two cores with AVX2). There the operands are widened to 
 result is rounded back, so a bfloat16 base keeps its size in memory and trains at the speed of float32. What is kept for
 backward stays in 16 bits.
 
-What it gives up: for the moment of a product its operands exist in float32 as well, and there is no second derivative.
+What it gives up: for the moment of a product its operands exist in float32 as well.
 """
 
 from __future__ import annotations

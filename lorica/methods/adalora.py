@@ -11,14 +11,16 @@ on average. A triplet that lost it is still trained and may come back, up to the
     budget at time t of [0, 1]      target + (start - target) (1 - t)^3                                  (section 3.3)
 
 What it gives up: two more numbers for each trained one beside the optimizer's, in memory and in each checkpoint. In the
-adapter's folder the triplets that lost their l stay, with a zero.
+adapter's folder the triplets that lost their l stay, with a zero. PEFT cuts them out: its folders come with the ranks
+that are left, `rank_pattern`, and have only these from then on.
 """
 
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar
 
 import torch
@@ -30,7 +32,8 @@ from transformers.pytorch_utils import Conv1D
 from lorica.errors import AdapterError, ConfigError
 from lorica.kernels.linear import linear
 from lorica.methods.attach import adapters
-from lorica.methods.lora import LoRA, add_low_rank
+from lorica.methods.lora import check_peft_fields
+from lorica.methods.low_rank import add_low_rank, matches, options_from_peft
 from lorica.methods.method import Adapter, MethodOptions, Positive, Probability, Rank, unsupported_kind
 
 
@@ -48,6 +51,8 @@ class AdaLoRA(MethodOptions):
         interval: optimizer steps from one choice to the next.
         beta: how much of the old a running mean keeps at each step, of importance and of its deviation alike.
         orthogonality: weight of the auxiliary loss, which is the mean over all P and Q.
+        rank_pattern: ranks, down to 0, that modules which match a pattern were cut to; the first match counts. They
+            change no scale.
     """
 
     linear_kinds: ClassVar[tuple[type[nn.Module], ...]] = (nn.Linear, Conv1D)
@@ -62,6 +67,10 @@ class AdaLoRA(MethodOptions):
     interval: Annotated[int, Field(ge=1, description="optimizer steps from one choice of ranks to the next")] = 10
     beta: Annotated[Probability, Field(description="what the running means of importance keep at each step")] = 0.85
     orthogonality: Annotated[float, Field(ge=0, description="weight of the loss that keeps P and Q orthogonal")] = 0.1
+    rank_pattern: Annotated[
+        Mapping[str, Annotated[int, Field(ge=0, le=65536)]],
+        Field(description="ranks that modules were cut to: {name or regex: rank}"),
+    ] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -72,7 +81,8 @@ class AdaLoRA(MethodOptions):
 
     def wrap(self, module: nn.Module, name: str) -> Adapter:
         if isinstance(module, nn.Linear | Conv1D):
-            return AdaLoraLinear(module, self)
+            rank = next((r for pattern, r in self.rank_pattern.items() if matches(pattern, name)), self.rank)
+            return AdaLoraLinear(module, self, rank)
         raise unsupported_kind(module, name, "adalora")
 
     def wrap_all(self, model: nn.Module, names: Sequence[str]) -> dict[str, Adapter]:
@@ -107,7 +117,7 @@ class AdaLoRA(MethodOptions):
             "orth_reg_weight": self.orthogonality,
             # PEFT refuses a folder without a schedule; this one has been followed.
             "total_step": 1,
-            "rank_pattern": None,
+            "rank_pattern": self._masks({name: a.lora_e.numel() for name, a in found.items()}),
             "init_lora_weights": True,
             "fan_in_fan_out": any(isinstance(a.base, Conv1D) for a in found.values()),
             "bias": "none",
@@ -115,18 +125,27 @@ class AdaLoRA(MethodOptions):
 
     @classmethod
     def from_peft(cls, config: Mapping[str, Any], names: Sequence[str]) -> AdaLoRA:
-        lora = LoRA.from_peft({**config, "r": config["init_r"], "rank_pattern": None}, names)
-        if config.get("rank_pattern"):
-            raise AdapterError("rank_pattern, layers cut to their ranks, is not supported; merge it with PEFT.")
+        check_peft_fields(config)
+        lora = options_from_peft({**config, "r": config["init_r"], "rank_pattern": None})
+        # PEFT lists, for each layer's lora_E, which triplets it kept.
+        kept = {str(key).removesuffix(".lora_E"): mask for key, mask in (config.get("rank_pattern") or {}).items()}
+        if any(not isinstance(mask, list) or not all(type(bit) is bool for bit in mask) for mask in kept.values()):
+            raise AdapterError("rank_pattern must say true or false for each triplet of each layer.")
         return cls(
-            rank=lora.rank,
-            target_rank=min(int(config["target_r"]), lora.rank),
-            alpha=lora.alpha,
-            dropout=lora.dropout,
+            rank_pattern={re.escape(name): sum(mask) for name, mask in kept.items()},
+            rank=lora["rank"],
+            target_rank=min(int(config["target_r"]), lora["rank"]),
+            alpha=lora["alpha"],
+            dropout=lora["dropout"],
             interval=int(config.get("deltaT") or 1),
             beta=float(config.get("beta1") or 0.85),
-            targets=lora.targets,
+            targets=tuple(re.escape(name) for name in names),
         )
+
+    def _masks(self, ranks: Mapping[str, int]) -> dict[str, list[bool]] | None:
+        """PEFT's `rank_pattern`, where a layer has fewer triplets than `rank`."""
+        masks = {f"{name}.lora_E": [i < rank for i in range(self.rank)] for name, rank in ranks.items()}
+        return masks if any(rank < self.rank for rank in ranks.values()) else None
 
 
 @torch.no_grad()
@@ -134,9 +153,10 @@ def keep_most_important(layers: Sequence[AdaLoraLinear], num_kept: int) -> None:
     """Set l to zero in all triplets of all layers but the `num_kept` most important."""
     scores = torch.cat([layer.scores().to(layers[0].lora_e.device) for layer in layers])
     mask = torch.zeros_like(scores)
-    mask[scores.topk(num_kept).indices] = 1
-    for layer, kept in zip(layers, mask.view(len(layers), -1, 1), strict=True):
-        layer.lora_e.mul_(kept.to(layer.lora_e.device))
+    mask[scores.topk(min(num_kept, len(scores))).indices] = 1
+    sizes = [layer.lora_e.numel() for layer in layers]
+    for layer, kept in zip(layers, torch.split(mask, sizes), strict=True):
+        layer.lora_e.mul_(kept[:, None].to(layer.lora_e.device))
 
 
 class AdaLoraLinear(Adapter):
@@ -149,17 +169,18 @@ class AdaLoraLinear(Adapter):
     importance: Tensor
     deviation: Tensor
 
-    def __init__(self, base: nn.Linear | Conv1D, options: AdaLoRA) -> None:
+    def __init__(self, base: nn.Linear | Conv1D, options: AdaLoRA, rank: int | None = None) -> None:
         super().__init__(base, options)
         self.transposed = isinstance(base, Conv1D)
         self.scale, self.dropout, self.loss_weight = options.alpha / options.rank, options.dropout, 0.0
         out_size, in_size = reversed(base.weight.shape) if self.transposed else base.weight.shape
+        rank = options.rank if rank is None else rank
         factory: dict[str, Any] = {"device": base.weight.device, "dtype": torch.float32}
-        self.lora_a = nn.Parameter(torch.empty(options.rank, in_size, **factory).normal_(std=0.02))
-        self.lora_b = nn.Parameter(torch.empty(out_size, options.rank, **factory).normal_(std=0.02))
-        self.lora_e = nn.Parameter(torch.zeros(options.rank, 1, **factory))
+        self.lora_a = nn.Parameter(torch.empty(rank, in_size, **factory).normal_(std=0.02))
+        self.lora_b = nn.Parameter(torch.empty(out_size, rank, **factory).normal_(std=0.02))
+        self.lora_e = nn.Parameter(torch.zeros(rank, 1, **factory))
         for name in ("importance", "deviation"):
-            self.register_buffer(name, torch.zeros(options.rank, 1 + in_size + out_size, **factory))
+            self.register_buffer(name, torch.zeros(rank, 1 + in_size + out_size, **factory))
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])

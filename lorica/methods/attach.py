@@ -8,45 +8,95 @@ returns a NEW model that shares every tensor that no adapter touched: its extra 
 from __future__ import annotations
 
 import copy
-import difflib
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from lorica.errors import ConfigError, TargetError
-from lorica.methods.method import Adapter, MethodOptions
+from lorica.errors import ConfigError, LoricaError, NotMergeableError
+from lorica.methods.beside import Beside, resolve_beside
+from lorica.methods.method import Adapter, MethodOptions, StartBatches, StartLoss
+from lorica.methods.selection import resolve_targets
+from lorica.quant.linear import format_of, layers
 
 Model = TypeVar("Model", bound=nn.Module)
 
-ALL_LINEAR = "all-linear"
 
-
-def adapt(model: Model, options: MethodOptions) -> Model:
+def adapt(
+    model: Model, options: MethodOptions, loss_fn: StartLoss | None = None, batches: StartBatches | None = None
+) -> Model:
     """Freeze `model`, wrap its target modules in place, and return it.
 
+    Args:
+        loss_fn: (model, inputs, targets) -> a scalar loss. It and `batches` are for options that start from data, such
+            as `LoRA(init="eva")`.
+        batches: (inputs, targets) each, `inputs` the keywords for the model's forward.
+
     Raises:
-        TargetError: a pattern of `options.targets` matches no module that the method can wrap; nothing is changed then.
-        ConfigError: the model already carries adapters.
+        TargetError: a pattern of `options.targets` matches no module that the method can wrap, or what should be
+            trained beside the adapters cannot be; nothing is changed then.
+        ConfigError: the model already carries adapters, or the data that the options start from is missing.
+    """
+    if options.num_start_batches and (loss_fn is None or not batches):
+        raise ConfigError(
+            f"{type(options).__name__} starts from data, which must be given: lorica.adapt(model, options, loss_fn, "
+            "batches), or train with lorica.train, which takes them from the run's data."
+        )
+    attach(model, options)
+    if loss_fn is not None and batches:
+        try:
+            options.start(model, loss_fn, batches)
+        except LoricaError:
+            detach(model)
+            raise
+    return model
+
+
+def attach(model: Model, options: MethodOptions, beside: Beside | None = None) -> Model:
+    """As `adapt`, without the start from data: for a run that is resumed, or rehearsed.
+
+    Args:
+        beside: what is trained beside the method's own adapters, where `options` do not say it all.
     """
     if adapters(model):
         raise ConfigError(
             f"The model already carries {len(adapters(model))} adapters. lorica.detach(model) takes them off, "
             "lorica.merge(model) folds them into a new model."
         )
-    names = resolve_targets(model, options)
-    wrapped = options.wrap_all(model, names)
+    beside = resolve_beside(model, options) if beside is None else beside
+    own = options.wrap_all(model, resolve_targets(model, options, beside.names))
+    others = beside.wrap()
     model.requires_grad_(False)
-    for name, adapter in wrapped.items():
+    for adapter in others.values():
+        adapter.is_beside, adapter.options = True, options
+    for name, adapter in {**own, **others}.items():
         _replace(model, name, adapter)
     return model
+
+
+def with_whole(options: MethodOptions, names: Sequence[str]) -> MethodOptions:
+    """The options with which the modules called `names`, a new head, are trained whole too."""
+    named = tuple(re.escape(name) for name in names)
+    return replace(options, modules_to_save=(*options.modules_to_save, *named)) if named else options
 
 
 def adapters(model: nn.Module) -> dict[str, Adapter]:
     """Every adapter of the model by the name of the module that it wraps."""
     return {name: module for name, module in model.named_modules() if isinstance(module, Adapter)}
+
+
+def in_front(model: nn.Module) -> tuple[range, int]:
+    """What the method of an adapted model wants in front of every sample: ids without a label, and the position of the
+    first of all. A plain model wants nothing.
+    """
+    options = next((adapter.options for adapter in adapters(model).values()), None)
+    if options is None or not options.num_virtual_ids:
+        return range(0), 0 if options is None else options.position_offset
+    embedding: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
+    return options.in_front(embedding.weight.shape[0])  # type: ignore[index, arg-type]
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -65,6 +115,17 @@ def trained_state(model: nn.Module) -> dict[str, Tensor]:
     return {**trainable_parameters(model), **buffers}
 
 
+def lr_factors(model: nn.Module) -> dict[str, float]:
+    """The factors of the learning rate that are not 1, by the parameters' names."""
+    factors = {
+        f"{name}.{key}": adapter.options.lr_factor(adapter, key)
+        for name, adapter in adapters(model).items()
+        for key, parameter in adapter.named_parameters()
+        if parameter.requires_grad
+    }
+    return {name: factor for name, factor in factors.items() if factor != 1.0}
+
+
 def detach(model: Model) -> Model:
     """Take every adapter off, in place: the base again, bit for bit. Adapted weights are lost unless they were
     saved.
@@ -80,10 +141,15 @@ def merge(model: Model) -> Model:
     Tensors that no adapter touches are shared between the two.
 
     Raises:
-        NotMergeableError: one of the adapters is not a fixed change of weights.
+        NotMergeableError: one of the adapters is not a fixed change of weights, or stands on quantised ones.
     """
+    _refuse_quantised(model)
+    return with_merged(model, [adapter.merged() for adapter in adapters(model).values()])
+
+
+def with_merged(model: Model, merged: Sequence[nn.Module]) -> Model:
+    """A new model with the modules `merged` in the places of its adapters, which are in the same order."""
     found = list(adapters(model).values())
-    merged = [adapter.merged() for adapter in found]
     _tie_again(found, merged)
     memo: dict[int, object] = {id(a): plain for a, plain in zip(found, merged, strict=True)}
     memo |= {id(t): t for t in (*model.parameters(), *model.buffers())}
@@ -92,79 +158,15 @@ def merge(model: Model) -> Model:
     return plain
 
 
-def resolve_targets(model: nn.Module, options: MethodOptions) -> list[str]:
-    """The names of the modules that `options.targets` selects, in the model's order.
-
-    Raises:
-        TargetError: for every pattern that is no regular expression or matches nothing that can be wrapped.
-    """
-    # The model itself, whose name is empty, cannot be replaced in place.
-    candidates = {name: m for name, m in model.named_modules() if name and options.takes(m)}
-    for name in _read_but_not_called(model):
-        candidates.pop(name, None)
-    targets = options.patterns()
-    patterns = (targets,) if isinstance(targets, str) else targets
-    if patterns == (ALL_LINEAR,):
-        head = _output_head(model)
-        names = [n for n, m in candidates.items() if isinstance(m, options.linear_kinds) and m is not head]
-        if not names:
-            raise TargetError(
-                f"targets all-linear: {type(model).__name__} holds no linear layer that an adapter can wrap, "
-                "its output head left out."
-            )
-        return names
-    matches = {pattern: _matching(pattern, candidates) for pattern in patterns}
-    faults = [_no_match(p, model, candidates) for p, found in matches.items() if not found]
-    if faults and targets != options.targets:
-        tails = sorted({name.rsplit(".", 1)[-1] for name in candidates})[:12]
-        raise TargetError(
-            f"targets: {type(model).__name__} has nothing of what {options.targets!r} stands for. "
-            f"Names that can be given: {', '.join(tails) or 'none'}."
+def _refuse_quantised(model: nn.Module) -> None:
+    name = next((n for n, a in adapters(model).items() for _ in layers(a)), None)
+    if name is not None:
+        raise NotMergeableError(
+            f"{name} is quantised ({format_of(model)}), and rounding what the adapter changes to its levels would lose "
+            "much of it. The adapter fits the base that was quantised, too: load that without quant "
+            "(lorica.load_model(base), or model.quant=null), then the adapter, and merge there; or use it unmerged. "
+            "`lorica merge RUN model.quant=nf4` rounds all the same, and says what it lost."
         )
-    if faults or not patterns:
-        raise TargetError("\n".join(faults) or "targets: the list is empty; name at least one module, or all-linear.")
-    chosen = {name for found in matches.values() for name in found}
-    return [name for name in candidates if name in chosen]
-
-
-def _matching(pattern: str, names: Sequence[str] | dict[str, nn.Module]) -> list[str]:
-    try:
-        expression = re.compile(rf"(.*\.)?({pattern})")
-    except re.error as error:
-        raise TargetError(f"targets: {pattern!r} is not a regular expression: {error}.") from None
-    return [name for name in names if expression.fullmatch(name)]
-
-
-def _no_match(pattern: str, model: nn.Module, candidates: dict[str, nn.Module]) -> str:
-    everything = dict(model.named_modules())
-    unsupported = _matching(pattern, [n for n in everything if n])
-    if unsupported:
-        kind = type(everything[unsupported[0]]).__name__
-        return f"targets: {pattern!r} matches {unsupported[0]}, but a {kind} there cannot be wrapped by this method."
-    tails = sorted({name.rsplit(".", 1)[-1] for name in candidates})
-    near = difflib.get_close_matches(pattern.rsplit(".", 1)[-1], tails, n=3, cutoff=0.5) or tails[:12]
-    return f"targets: {pattern!r} matches no module of {type(model).__name__}. Nearest names: {', '.join(near)}."
-
-
-def _read_but_not_called(model: nn.Module) -> list[str]:
-    """Layers whose weights torch's own modules read without calling them: an adapter there would never run.
-
-    nn.TransformerEncoderLayer does so in evaluation only, on its fast path.
-    """
-    parts = ((nn.MultiheadAttention, ("out_proj",)), (nn.TransformerEncoderLayer, ("linear1", "linear2")))
-    return [
-        f"{name}.{child}".removeprefix(".")
-        for name, module in model.named_modules()
-        for kind, children in parts
-        if isinstance(module, kind)
-        for child in children
-    ]
-
-
-def _output_head(model: nn.Module) -> nn.Module | None:
-    from transformers import PreTrainedModel
-
-    return model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
 
 
 def _tie_again(found: Sequence[Adapter], merged: Sequence[nn.Module]) -> None:

@@ -7,6 +7,8 @@ detaching gives it back bit for bit, and a fingerprint of the base still fits; m
 dtype, which is what `forward` computes with, so nothing is lost by it. `parameters: bias` is BitFit (Ben Zaken et al.
 2021, arXiv 2106.10199).
 
+The running statistics of a normalisation are the adapter's too, and move while the base keeps its own.
+
 A weight that several modules share (a head tied to the embedding) has one master, and naming one of these modules
 trains it in all of them: what is tied stays tied, also in the merged model. A folder holds it once for each of them.
 
@@ -18,7 +20,8 @@ encoder, or the input projection of nn.MultiheadAttention, cannot.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -72,7 +75,7 @@ class FullFineTuning(MethodOptions):
     def wrap(self, module: nn.Module, name: str) -> Adapter:
         if not self.takes(module):
             raise unsupported_kind(module, name, "full")
-        return FullAdapter(module, self, {key: _master(p) for key, p in self.trained(module).items()})
+        return FullAdapter(module, self, {key: master(p) for key, p in self.trained(module).items()})
 
     def wrap_all(self, model: nn.Module, names: Sequence[str]) -> dict[str, Adapter]:
         """Wrap the modules at `names` and those that share a parameter with them; a shared one has one master.
@@ -82,22 +85,32 @@ class FullFineTuning(MethodOptions):
         """
         if self.targets == ALL:
             self._refuse_what_would_stay(model, names)
+        found = {name: self.trained(model.get_submodule(name)) for name in self.with_tied(model, names)}
+        masters = {id(p): master(p) for own in found.values() for p in own.values()}
+        return {
+            name: FullAdapter(model.get_submodule(name), self, {key: masters[id(p)] for key, p in own.items()})
+            for name, own in found.items()
+        }
+
+    def with_tied(self, model: nn.Module, names: Iterable[str]) -> list[str]:
+        """`names`, and the modules that share a parameter with one of them, in the model's order."""
         named = {id(p) for name in names for p in self.trained(model.get_submodule(name)).values()}
-        found = {
-            name: module
+        return [
+            name
             for name, module in model.named_modules()
             if name and self.takes(module) and any(id(p) in named for p in self.trained(module).values())
-        }
-        parameters = {id(p): p for module in found.values() for p in self.trained(module).values()}
-        masters = {key: _master(p) for key, p in parameters.items()}
-        return {
-            name: FullAdapter(module, self, {key: masters[id(p)] for key, p in self.trained(module).items()})
-            for name, module in found.items()
-        }
+        ]
 
     def _refuse_what_would_stay(self, model: nn.Module, names: Sequence[str]) -> None:
         chosen = set(names)
-        left = [n for n, _ in model.named_parameters() if self._is_meant(n) and n.rpartition(".")[0] not in chosen]
+        beside = re.compile(rf"(.*\.)?({'|'.join(self.modules_to_save)})\..*") if self.modules_to_save else None
+        left = [
+            name
+            for name, _ in model.named_parameters()
+            if self._is_meant(name)
+            and name.rpartition(".")[0] not in chosen
+            and not (beside is not None and beside.fullmatch(name))
+        ]
         if left:
             raise TargetError(
                 f"targets all: {len(left)} parameters cannot be trained, the first is {left[0]}: its module holds "
@@ -106,20 +119,31 @@ class FullFineTuning(MethodOptions):
             )
 
 
-def _master(parameter: nn.Parameter) -> nn.Parameter:
+def persistent_buffers(module: nn.Module) -> list[str]:
+    """The names of the buffers of `module` itself that a saved model holds."""
+    return [name for name, _ in module.named_buffers(recurse=False) if name not in module._non_persistent_buffers_set]
+
+
+def master(parameter: Tensor) -> nn.Parameter:
+    """A trainable float32 copy."""
     return nn.Parameter(parameter.detach().to(torch.float32, copy=True))
 
 
 class FullAdapter(Adapter):
     """Any module that holds no others with parameters, computed with `masters` in place of its own parameters."""
 
-    def __init__(self, base: nn.Module, options: FullFineTuning, masters: dict[str, nn.Parameter]) -> None:
+    def __init__(self, base: nn.Module, options: MethodOptions, masters: dict[str, nn.Parameter]) -> None:
         super().__init__(base, options)
         self.masters = nn.ParameterDict(masters)
+        # Running statistics change while they are trained with: these are ours, the base keeps its own.
+        self.statistics = nn.Module()
+        for name in persistent_buffers(base):
+            self.statistics.register_buffer(name, base.get_buffer(name).detach().clone())
+        self.replaced = tuple(masters)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         rounded = {name: master.to(self.base.get_parameter(name).dtype) for name, master in self.masters.items()}
-        return functional_call(self.base, rounded, args, kwargs)
+        return functional_call(self.base, {**rounded, **dict(self.statistics.named_buffers())}, args, kwargs)
 
     def merged(self) -> nn.Module:
         """The base's module with the masters, rounded to the base's dtype."""
@@ -130,10 +154,11 @@ class FullAdapter(Adapter):
         for name, master in self.masters.items():
             rounded = master.detach().to(self.base.get_parameter(name).dtype, copy=True)
             plain._parameters[name] = nn.Parameter(rounded, requires_grad=False)
+        plain._buffers |= {name: buffer.clone() for name, buffer in self.statistics.named_buffers()}
         return plain
 
     def saved_tensors(self) -> dict[str, Tensor]:
-        return dict(self.masters.items())
+        return {**dict(self.masters.items()), **dict(self.statistics.named_buffers())}
 
 
 OPTIONS = FullFineTuning

@@ -3,8 +3,9 @@
     keys and values:        y = l * (W x + b),    l [out]
     feed-forward layers:    y = W (l * x) + b,    l [in]    (the down projection's input is the inner activation)
 
-All factors start at one. They are multiplied in float32 and the product is rounded to the input's dtype, because
-bfloat16 cannot hold 1.001. Llama-2-7B trains 614,400 of them, and merging them into W and b is exact.
+A convolution has a factor for each channel. All factors start at one. They are multiplied in float32 and the product is
+rounded to the input's dtype, because bfloat16 cannot hold 1.001. Llama-2-7B trains 614,400 of them, and merging them
+into W and b is exact.
 
 What it gives up: capacity. It can strengthen or silence what a layer computes, not compute anything new.
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import copy
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
@@ -45,6 +47,7 @@ class IA3(MethodOptions):
     """
 
     linear_kinds: ClassVar[tuple[type[nn.Module], ...]] = (nn.Linear, Conv1D)
+    other_kinds: ClassVar[tuple[type[nn.Module], ...]] = (nn.Conv2d, nn.Conv3d)
     peft_type: ClassVar[str | None] = "IA3"
 
     targets: Annotated[
@@ -59,8 +62,11 @@ class IA3(MethodOptions):
         return f"{_KEYS_AND_VALUES}|{_FEEDFORWARD}" if self.targets == "auto" else self.targets
 
     def wrap(self, module: nn.Module, name: str) -> Adapter:
+        scales_input = re.fullmatch(self._feedforward(), name) is not None
         if isinstance(module, nn.Linear | Conv1D):
-            return IA3Linear(module, self, scales_input=re.fullmatch(self._feedforward(), name) is not None)
+            return IA3Linear(module, self, scales_input)
+        if isinstance(module, nn.Conv2d | nn.Conv3d):
+            return IA3Conv(module, self, scales_input)
         raise unsupported_kind(module, name, "ia3")
 
     def _feedforward(self) -> str:
@@ -85,35 +91,77 @@ class IA3(MethodOptions):
         return cls(targets=tuple(re.escape(name) for name in names), feedforward=feedforward)
 
 
-class IA3Linear(Adapter):
-    """A linear layer with a factor for each output, `ia3_l` [out, 1], or for each input, [1, in]: PEFT's shapes."""
+class IA3Adapter(Adapter, ABC):
+    """A layer with factors `ia3_l` of its inputs or outputs, float32; what all kinds share."""
 
-    base: nn.Linear | Conv1D
+    base: nn.Linear | Conv1D | nn.Conv2d | nn.Conv3d
 
-    def __init__(self, base: nn.Linear | Conv1D, options: IA3, scales_input: bool) -> None:
+    def __init__(self, base: nn.Module, options: IA3, scales_input: bool, shape: tuple[int, ...]) -> None:
         super().__init__(base, options)
-        self.transposed = isinstance(base, Conv1D)
-        out_size, in_size = reversed(base.weight.shape) if self.transposed else base.weight.shape
         self.scales_input = scales_input
-        shape = (1, in_size) if scales_input else (out_size, 1)
-        self.ia3_l = nn.Parameter(torch.ones(shape, device=base.weight.device, dtype=torch.float32))
+        self.ia3_l = nn.Parameter(torch.ones(shape, device=self.weight.device, dtype=torch.float32))
+
+    @abstractmethod
+    def _over_activations(self) -> Tensor:
+        """The factors in a shape that spreads over what they scale."""
+
+    @abstractmethod
+    def _over_weight(self) -> Tensor:
+        """The factors in a shape that spreads over the weight."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.base(self._scaled(x)) if self.scales_input else self._scaled(self.base(x))
+        y: Tensor = self.base(self._scaled(x)) if self.scales_input else self._scaled(self.base(x))
+        return y
 
     def _scaled(self, x: Tensor) -> Tensor:
-        return (x * self.ia3_l.flatten()).to(x.dtype)
+        return (x * self._over_activations()).to(x.dtype)
 
     @torch.no_grad()
     def merged(self) -> nn.Module:
         plain = copy.deepcopy(self.base)
-        plain.weight.mul_(self.ia3_l.t() if self.transposed else self.ia3_l)
+        plain.weight.mul_(self._over_weight())
         if plain.bias is not None and not self.scales_input:
             plain.bias.mul_(self.ia3_l.flatten())
         return plain
 
     def extra_repr(self) -> str:
         return f"scales_input={self.scales_input}"
+
+
+class IA3Linear(IA3Adapter):
+    """A linear layer with a factor for each output, `ia3_l` [out, 1], or for each input, [1, in]: PEFT's shapes."""
+
+    def __init__(self, base: nn.Linear | Conv1D, options: IA3, scales_input: bool) -> None:
+        self.transposed = isinstance(base, Conv1D)
+        out_size, in_size = reversed(base.weight.shape) if self.transposed else base.weight.shape
+        super().__init__(base, options, scales_input, (1, in_size) if scales_input else (out_size, 1))
+
+    def _over_activations(self) -> Tensor:
+        return self.ia3_l.flatten()
+
+    def _over_weight(self) -> Tensor:
+        return self.ia3_l.t() if self.transposed else self.ia3_l
+
+
+class IA3Conv(IA3Adapter):
+    """nn.Conv2d and nn.Conv3d with a factor for each channel that goes out or comes in: `ia3_l` [1, channels, 1...]."""
+
+    base: nn.Conv2d | nn.Conv3d
+
+    def __init__(self, base: nn.Conv2d | nn.Conv3d, options: IA3, scales_input: bool) -> None:
+        self.taps = (1,) * len(base.kernel_size)
+        num_channels = base.in_channels if scales_input else base.out_channels
+        super().__init__(base, options, scales_input, (1, num_channels, *self.taps))
+
+    def _over_activations(self) -> Tensor:
+        return self.ia3_l[0]
+
+    def _over_weight(self) -> Tensor:
+        if not self.scales_input:
+            return self.ia3_l.view(-1, 1, *self.taps)
+        # The kernels of a group read the channels of that group alone.
+        groups = self.base.groups
+        return self.ia3_l.view(groups, -1, *self.taps).repeat_interleave(self.base.out_channels // groups, 0)
 
 
 OPTIONS = IA3

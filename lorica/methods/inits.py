@@ -1,11 +1,10 @@
-"""How a low-rank pair starts: random with B A = 0, filled in place, or from the base's weight.
+"""How a low-rank pair starts: random with B A = 0, filled in place, or from a weight of the base.
 
 The latter give B A = B0 A0, not zero; the adapter takes it off again and trains the difference B A - B0 A0, so the base
 is never written and the output is the base's at the start. The papers put W - s B0 A0 into the base instead: the same
 function and the same gradients, in other words.
 
-Not here: EVA (arXiv 2410.07170) needs batches of data, LoRA-GA (2407.05000) a gradient of the whole model, LoftQ
-(2310.08659) a quantised base.
+The starts from data, `eva` and `lora_ga`, stand in `starts.py`.
 
 Shapes: lora_a [rank, in], lora_b [out, rank], weight [out, in].
 """
@@ -13,6 +12,7 @@ Shapes: lora_a [rank, in], lora_b [out, rank], weight [out, in].
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -57,6 +57,30 @@ def olora(weight: Tensor, rank: int, scale: float, niter: int | None) -> tuple[T
     """
     q, r = torch.linalg.qr(weight)
     return r[:rank].contiguous(), q[:, :rank].contiguous()
+
+
+def loftq(
+    weight: Tensor, rank: int, scale: float, quantise: Callable[[Tensor], Tensor], num_iterations: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """s B A = what quantising takes from W, as far as the rank reaches (Li et al. 2023, arXiv 2310.08659, algorithm 1).
+
+    Two steps alternate: Q = quantise(W - s B A), then s B A = the best approximation of W - Q. The pair belongs to the
+    last Q, on which W is Q + s B A and a rest. After one iteration Q is the weight quantised as ever.
+
+    No value of `method.init` yet: it waits for a quantised base to put Q into.
+
+    Args:
+        quantise: quantises and widens again, [out, in] to [out, in], both float32.
+        num_iterations: at least 1, which is PEFT's default.
+
+    Returns:
+        lora_a, lora_b and Q, float32.
+    """
+    lora_a, lora_b = weight.new_zeros(rank, weight.shape[1]), weight.new_zeros(weight.shape[0], rank)
+    for _ in range(num_iterations):
+        quantised = quantise(weight - scale * (lora_b @ lora_a))
+        lora_a, lora_b = pissa(weight - quantised, rank, scale, None)
+    return lora_a, lora_b, quantised
 
 
 INITS = {"kaiming": kaiming, "gaussian": gaussian}

@@ -4,43 +4,34 @@
 
 A and B are float32 masters and the product runs in the input's dtype, so a bfloat16 base trains without float32 matrix
 products and without losing small updates. The update is added inside the second matrix product (`addmm`), which saves
-one pass over y. Dropout acts on x, on the adapter's branch only.
+one pass over y. Dropout acts on x, on the adapter's branch only. Here stand the options and PEFT's fields; the adapters
+are in `lora_kinds.py` (linear layers, convolutions, embeddings), `lora_weights.py` (nn.MultiheadAttention, and every
+module that reads its weights itself) and `lora_experts.py` (expert tensors).
 
-Three things are a plain LoRA in the end, and `pair()` says which: the forward, merging and saving see only that one.
-
-    convolution       A [rank, in, k...] slides as the base does, B [out, rank, 1...] is pointwise
-    slices            A_i, B_i for each trained slice of a fused projection (loralib's MergedLinear): B block-diagonal
-    pissa, olora      B A - B0 A0 = [B - B0, B0] [A; A - A0]: rank 2r, and the base is never written
-
-The last form keeps 16 bits exact where it matters: B A and B0 A0 are as large as W, and only their small difference
-counts; [B - B0, B0] [A; A - A0] is zero at the start and rounds relative to itself.
-
-What it gives up: nothing is fused across projections that read the same x, and merging needs the base's dense weight.
-Slices, pissa and olora are read back from a folder as the plain LoRA that they were saved as: equal logits, but further
-training knows neither the blocks nor the start. PEFT's branch of a convolution ignores the base's dilation and padding
-mode: with these a folder of ours is right here alone.
+What it gives up: slices, restarts, pissa, olora and lora_ga are read back from a folder as the plain LoRA that they
+were saved as: equal logits, but further training knows neither the blocks nor the start.
 """
 
 from __future__ import annotations
 
-import copy
-import math
 import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
 
-import torch
 from pydantic import BeforeValidator, Field
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from lorica.errors import AdapterError, ConfigError, NotMergeableError, TargetError
-from lorica.kernels.linear import is_widened, linear
+from lorica.errors import AdapterError, ConfigError, TargetError
 from lorica.methods import inits
-from lorica.methods.method import Adapter, MethodOptions, Positive, Probability, Rank, unsupported_kind
+from lorica.methods.lora_conv import LoraConv, check_groups
+from lorica.methods.lora_experts import LoraExperts, is_experts
+from lorica.methods.lora_kinds import LoraEmbedding, LoraLinear
+from lorica.methods.lora_weights import LoraAttention, LoraParameters, LoraWeights, matrices
+from lorica.methods.low_rank import LowRankOptions, matches, options_from_peft
+from lorica.methods.method import Adapter, Names, StartBatches, StartLoss, unsupported_kind
+from lorica.methods.starts import STARTS
 
 # Fields of PEFT's that change what the adapter computes, with the values that mean "not used".
 _UNUSED_BY_PEFT: dict[str, tuple[Any, ...]] = {
@@ -48,11 +39,9 @@ _UNUSED_BY_PEFT: dict[str, tuple[Any, ...]] = {
     "arrow_config": (None,),
     "bias": ("none", None),
     "layer_replication": (None, []),
-    "lora_bias": (False, None),
     "megatron_config": (None,),
     "modules_to_save": (None, []),
     "monteclora_config": (None,),
-    "target_parameters": (None, []),
     "trainable_token_indices": (None, [], {}),
     "use_bdlora": (False, None),
     "use_dora": (False, None),
@@ -60,8 +49,7 @@ _UNUSED_BY_PEFT: dict[str, tuple[Any, ...]] = {
     "velora_config": (None,),
 }
 # These change the base's weights when they start, so the folder alone does not say what was trained.
-_BASE_CHANGING_INITS = ("pissa", "olora", "loftq", "corda", "kasa")
-_CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+_BASE_CHANGING_INITS = ("pissa", "olora", "loftq", "lora_ga", "corda", "kasa")
 
 
 def _slices(value: object) -> object:
@@ -79,88 +67,88 @@ Slices = Annotated[Mapping[str, tuple[int, ...]], BeforeValidator(_slices)]
 
 
 @dataclass(frozen=True)
-class LoRA(MethodOptions):
+class LoRA(LowRankOptions):
     """Options of LoRA.
 
     Attributes:
-        rank: rank of the update.
-        alpha: the update is scaled by alpha / rank.
-        dropout: probability of dropping an input feature on the adapter's branch.
-        rslora: scale by alpha / sqrt(rank) instead (Kalajdzievski 2023, arXiv 2312.03732).
         init: how the pair starts (see `inits.py`); the output is unchanged at the start by all of them. `pissa` and
-            `olora` start from the base's weight; an embedding keeps its own start.
+            `olora` start from the base's weight, `eva` and `lora_ga` from data (see `starts.py`), linear layers alone;
+            an embedding keeps its own start.
+        init_batches: how many batches of the data `eva` and `lora_ga` look at, of `train.batch_tokens` each.
         svd_niter: iterations of the randomised SVD of `pissa`, None for the exact one.
+        bias: `lora_only` trains the biases of the adapted layers too.
+        lora_bias: B has a bias, [out], that is scaled as the product is. Merging needs a base with a bias.
         slices: fused projections of which only some slices of the output are trained, by pattern; the first match
             counts. `{"c_attn": {"sizes": [1, 1, 1], "train": [0, 2]}}` is Q and V of thirds; with grouped queries the
             sizes are the numbers of heads, `[32, 8, 8]`. Each trained slice has a pair of `rank` of its own.
-        rank_pattern: other ranks for the modules that match a pattern (as in `targets`); the first match counts.
-        alpha_pattern: other alphas, likewise.
+        target_parameters: which parameters of a targeted module, where it reads them itself: patterns of their whole
+            names, `experts.down_proj`. Empty: all its 3-D tensors, the experts of a MoE block. `all-linear` leaves
+            experts out, as PEFT's does, though they hold most weights: name them, `[all-linear, experts]`. Patterns of
+            ranks and alphas are compared with the parameter's name there.
     """
 
     linear_kinds: ClassVar[tuple[type[nn.Module], ...]] = (nn.Linear, Conv1D)
-    other_kinds: ClassVar[tuple[type[nn.Module], ...]] = (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    other_kinds: ClassVar[tuple[type[nn.Module], ...]] = (
+        nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention,
+    )  # fmt: skip
     peft_type: ClassVar[str | None] = "LORA"
 
-    rank: Annotated[Rank, Field(description="rank of the update, 1 to 65536")] = 16
-    alpha: Annotated[
-        Positive, Field(description="the update is scaled by alpha / rank (alpha / sqrt(rank) with rslora)")
-    ] = 32.0
-    dropout: Annotated[Probability, Field(description="probability of dropping an input of the adapter")] = 0.0
-    rslora: Annotated[
-        bool, Field(description="scale by alpha / sqrt(rank), so that high ranks learn as fast as low ones")
-    ] = False
+    can_restart: ClassVar[bool] = True
+
     init: Annotated[
-        Literal["kaiming", "gaussian", "pissa", "olora"],
-        Field(description="how the pair starts: lora_a random and lora_b zero, or from the weight's SVD (pissa) or QR"),
+        Literal["kaiming", "gaussian", "pissa", "olora", "eva", "lora_ga"],
+        Field(
+            description="how the pair starts: at random with lora_b zero, or from the weight's SVD (pissa) or QR "
+            "(olora), the activations (eva) or the gradient (lora_ga)"
+        ),
     ] = "kaiming"
+    init_batches: Annotated[
+        int, Field(ge=1, le=65536, description="batches of batch_tokens that init eva or lora_ga looks at")
+    ] = 8
     svd_niter: Annotated[
         Annotated[int, Field(ge=0, le=4096)] | None,
         Field(description="iterations of a randomised SVD for init pissa, much faster; null: exact"),
     ] = None
+    bias: Annotated[
+        Literal["none", "lora_only"], Field(description="lora_only: the biases of the adapted layers are trained too")
+    ] = "none"
+    lora_bias: Annotated[bool, Field(description="whether lora_b has a bias; merging needs a layer that has one")] = (
+        False
+    )
     slices: Annotated[
         Mapping[str, Slices],
         Field(description="fused layers to train in part: {name or regex: {sizes: [1, 1, 1], train: [0, 2]}}"),
     ] = field(default_factory=dict)
-    rank_pattern: Annotated[
-        Mapping[str, Rank], Field(description="other ranks for modules whose name matches: {name or regex: rank}")
-    ] = field(default_factory=dict)
-    alpha_pattern: Annotated[
-        Mapping[str, Positive], Field(description="other alphas for modules whose name matches: {name or regex: alpha}")
-    ] = field(default_factory=dict)
+    target_parameters: Annotated[
+        Names,
+        Field(description="which parameters of modules such as experts: patterns; empty: all their 3-D tensors"),
+    ] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
         faults = []
-        if self.slices and self.init in inits.FROM_WEIGHT:
+        if self.slices and self.init not in inits.INITS:
             faults.append(f"init {self.init} starts from a whole weight; with slices use kaiming or gaussian")
         if self.svd_niter is not None and self.init != "pissa":
             faults.append(f"svd_niter is {self.svd_niter}, but init {self.init} takes no SVD; only pissa does")
         if faults:
             raise ConfigError("LoRA: " + "; ".join(faults) + ".")
 
-    def rank_and_scale(self, name: str) -> tuple[int, float]:
-        """Rank and scale s of the module at `name`."""
-        rank = int(_by_pattern(self.rank_pattern, name, self.rank))
-        alpha = _by_pattern(self.alpha_pattern, name, self.alpha)
-        return rank, alpha / (math.sqrt(rank) if self.rslora else rank)
+    def takes(self, module: nn.Module) -> bool:
+        """Whether `module` is of a kind that can be wrapped, or has expert tensors, or parameters that may be named."""
+        return super().takes(module) or bool(matrices(module, 2 if self.target_parameters else 3))
 
     def to_peft(self, found: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
-        ranks = {name: a.rank for name, a in found.items()}
-        # PEFT divides alpha by the rank again, or by its root.
-        alphas = {n: a.scale * (math.sqrt(a.rank) if self.rslora else a.rank) for n, a in found.items()}
-        rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
+        scales = {key: value for name, a in found.items() for key, value in a.ranks_and_scales(name).items()}
+        parameters = [p for name, a in found.items() if isinstance(a, LoraWeights) for p in a.target_parameters(name)]
         return {
-            "r": rank,
-            "lora_alpha": alpha,
-            "lora_dropout": self.dropout,
-            "rank_pattern": {re.escape(name): r for name, r in ranks.items() if r != rank},
-            "alpha_pattern": {re.escape(name): a for name, a in alphas.items() if a != alpha},
-            "use_rslora": self.rslora,
+            **self.peft_scales(scales),
             # PEFT's pissa and olora would change the base again; what is saved is the plain LoRA that ours equals.
             "init_lora_weights": "gaussian" if self.init == "gaussian" else True,
             "fan_in_fan_out": any(isinstance(a.base, Conv1D) for a in found.values()),
-            "bias": "none",
-            "lora_bias": False,
+            "target_parameters": parameters or None,
+            "bias": self.bias,
+            "lora_bias": self.lora_bias,
             "use_dora": False,
         }
 
@@ -171,56 +159,104 @@ class LoRA(MethodOptions):
 
     @classmethod
     def from_peft(cls, config: Mapping[str, Any], names: Sequence[str]) -> LoRA:
-        faults = [
-            f"{key} is {config[key]!r}, which is not supported"
-            for key, unused in _UNUSED_BY_PEFT.items()
-            if key in config and config[key] not in unused
-        ]
-        init = config.get("init_lora_weights")
-        if isinstance(init, str) and init.lower().startswith(_BASE_CHANGING_INITS):
-            faults.append(f"init_lora_weights is {init!r}, which changed the base; let PEFT convert it to plain LoRA")
-        if faults:
-            raise AdapterError("; ".join(faults) + ".")
+        bias = config.get("bias") or "none"
+        check_peft_fields({**config, "bias": "none" if bias in ("all", "lora_only") else bias})
         return cls(
-            rank=int(config["r"]),
-            alpha=float(config.get("lora_alpha", 8)),
-            dropout=float(config.get("lora_dropout") or 0.0),
-            rslora=bool(config.get("use_rslora", False)),
+            **options_from_peft(config),
+            # Biases of other layers, PEFT's `all`, are parameters trained beside the adapters.
+            bias="none" if bias == "none" else "lora_only",
             targets=tuple(re.escape(name) for name in names),
-            init="gaussian" if init == "gaussian" else "kaiming",
-            rank_pattern={str(k): int(v) for k, v in (config.get("rank_pattern") or {}).items()},
-            alpha_pattern={str(k): float(v) for k, v in (config.get("alpha_pattern") or {}).items()},
+            init="gaussian" if config.get("init_lora_weights") == "gaussian" else "kaiming",
+            lora_bias=bool(config.get("lora_bias", False)),
+            target_parameters=tuple(
+                re.escape(parameter)
+                for parameter in config.get("target_parameters") or ()
+                # PEFT passes over those that the model has not.
+                if _holder(parameter) == "" or any(matches(re.escape(_holder(parameter)), name) for name in names)
+            ),
         )
 
+    @property
+    def num_start_batches(self) -> int:
+        return self.init_batches if self.init in STARTS else 0
+
+    def start(self, model: nn.Module, loss_fn: StartLoss, batches: StartBatches) -> None:
+        layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLinear)}
+        STARTS[self.init](model, layers, loss_fn, batches)
+
     def wrap_all(self, model: nn.Module, names: Sequence[str]) -> dict[str, Adapter]:
-        idle = [pattern for pattern in self.slices if not any(_matches(pattern, name) for name in names)]
+        idle = [pattern for pattern in self.slices if not any(matches(pattern, name) for name in names)]
         if idle:
             raise TargetError(f"slices: {', '.join(map(repr, idle))} match none of the {len(names)} targets.")
+        parameters = [f"{n}.{key}" for n in names for key, _ in model.get_submodule(n).named_parameters(recurse=False)]
+        idle = [pattern for pattern in self.target_parameters if not any(matches(pattern, p) for p in parameters)]
+        if idle:
+            raise TargetError(
+                f"target_parameters: {', '.join(map(repr, idle))} match no parameter of the {len(names)} targets; "
+                "targets must name the module that holds it."
+            )
         return super().wrap_all(model, names)
 
     def wrap(self, module: nn.Module, name: str) -> Adapter:
         rank, scale = self.rank_and_scale(name)
-        if not isinstance(module, nn.Linear | Conv1D) and any(_matches(pattern, name) for pattern in self.slices):
+        if not isinstance(module, nn.Linear | Conv1D) and any(matches(pattern, name) for pattern in self.slices):
             raise TargetError(f"slices: {name} is a {type(module).__name__}; only linear layers have slices.")
+        parameters = self._parameters_of(module, name)
+        # PEFT's form of a linear layer's own weight is that of the layer.
+        is_layer = isinstance(module, nn.Linear) and parameters == ["weight"]
+        if isinstance(module, nn.MultiheadAttention) or (parameters and not is_layer):
+            return self._wrap_weights(module, name, parameters)
+        self._check_kind(module, name, rank)
         if isinstance(module, nn.Embedding):
             return LoraEmbedding(module, self, rank, scale)
-        if not isinstance(module, self.linear_kinds + self.other_kinds):
-            raise unsupported_kind(module, name, "lora")
-        weight: Tensor = module.weight  # type: ignore[assignment]
-        if self.init in inits.FROM_WEIGHT and rank > min(weight.flatten(1).shape):
-            raise TargetError(f"init {self.init}: rank {rank} is more than {name} has, {list(weight.shape)}.")
         if isinstance(module, nn.Linear | Conv1D):
             return LoraLinear(module, self, rank, scale, self._slices_of(module, name))
         assert isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
-        if rank % module.groups:
-            raise TargetError(f"{name} has {module.groups} groups, which must divide the rank; it is {rank}.")
-        if module.groups > 1 and self.init in inits.FROM_WEIGHT:
-            raise TargetError(f"init {self.init} takes no convolution of {module.groups} groups, as {name} is.")
         return LoraConv(module, self, rank, scale)
+
+    def _wrap_weights(self, module: nn.Module, name: str, parameters: Sequence[str]) -> Adapter:
+        faults = []
+        if self.init not in inits.INITS:
+            faults.append(f"init {self.init} starts a layer")
+        if self.lora_bias or self.bias != "none":
+            faults.append("bias and lora_bias are those of a layer")
+        if faults:
+            raise TargetError(f"{'; '.join(faults)}, and {name}, a {type(module).__name__}, reads its weights itself.")
+        if isinstance(module, nn.MultiheadAttention):
+            return LoraAttention(module, self, name, parameters)
+        return (LoraExperts if is_experts(module, parameters) else LoraParameters)(module, self, name, parameters)
+
+    def _parameters_of(self, module: nn.Module, name: str) -> list[str]:
+        """The own parameters of `module` that are adapted one by one: the named ones, or the 3-D ones of experts."""
+        if not self.target_parameters:
+            return [] if super().takes(module) else matrices(module, 3)
+        own = [key for key, _ in module.named_parameters(recurse=False)]
+        named = [key for key in own if any(matches(pattern, f"{name}.{key}") for pattern in self.target_parameters)]
+        if wrong := [key for key in named if key not in matrices(module, 2)]:
+            raise TargetError(f"target_parameters: {name}.{wrong[0]} is no matrix, and no stack of matrices.")
+        return named
+
+    def _check_kind(self, module: nn.Module, name: str, rank: int) -> None:
+        """Refuse what cannot be done with a layer of this kind."""
+        if not super().takes(module):
+            raise unsupported_kind(module, name, "lora")
+        weight: Tensor = module.weight  # type: ignore[assignment]
+        if self.lora_bias and isinstance(module, nn.Embedding):
+            raise TargetError(f"lora_bias: {name} is an Embedding, which has no bias.")
+        # LoRA-GA shares out the singular vectors of twice the rank.
+        needed = 2 * rank if self.init == "lora_ga" else rank
+        if self.init not in inits.INITS and needed > min(weight.flatten(1).shape):
+            raise TargetError(f"init {self.init}: rank {needed} is more than {name} has, {list(weight.shape)}.")
+        if self.init in STARTS and not isinstance(module, nn.Linear | Conv1D | nn.Embedding):
+            raise TargetError(f"init {self.init} starts linear layers, and {name} is a {type(module).__name__}.")
+        if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+            check_groups(module, name, rank)
+            if module.groups > 1 and self.init in inits.FROM_WEIGHT:
+                raise TargetError(f"init {self.init} takes no convolution of {module.groups} groups, as {name} is.")
 
     def _slices_of(self, module: nn.Linear | Conv1D, name: str) -> tuple[tuple[int, bool], ...]:
         """(outputs, whether they are trained) of each slice; nothing where the whole is trained."""
-        found = next((v for pattern, v in self.slices.items() if _matches(pattern, name)), None)
+        found = next((v for pattern, v in self.slices.items() if matches(pattern, name)), None)
         if found is None:
             return ()
         out_size, parts = module.weight.shape[isinstance(module, Conv1D)], sum(found["sizes"])
@@ -229,192 +265,23 @@ class LoRA(MethodOptions):
         return tuple((n * out_size // parts, i in found["train"]) for i, n in enumerate(found["sizes"]))
 
 
-def _by_pattern(patterns: Mapping[str, Any], name: str, default: float) -> float:
-    return next((v for k, v in patterns.items() if _matches(k, name)), default)
+def _holder(parameter: str) -> str:
+    """The name of the module that holds a parameter."""
+    return parameter.rpartition(".")[0]
 
 
-def _matches(pattern: str, name: str) -> bool:
-    return re.fullmatch(rf"(.*\.)?({pattern})", name) is not None
-
-
-def add_low_rank(y: Tensor, h: Tensor, lora_b: Tensor, scale: float) -> Tensor:
-    """y + scale * h B^T, written into y: y [rows, out], h [rows, k], lora_b [out, k], in one product.
-
-    The low-rank family shares this line: LoRA with h = A x, HydraLoRA with h = g (x) A x and its heads' B side by side.
-    """
-    if is_widened(h):
-        return y.add_(linear(h, lora_b), alpha=scale)
-    return y.addmm_(h, lora_b.to(y.dtype).t(), alpha=scale)
-
-
-class LoraAdapter(Adapter):
-    """A module with a low-rank pair; what all kinds share.
-
-    `lora_a` [rank, in...] and `lora_b` [out, rank...] are float32 parameters on the base weight's device. `start_a` and
-    `start_b` are what they were at first where their product was not zero then, None otherwise.
-    """
-
-    options: LoRA
-    start_a: Tensor | None
-    start_b: Tensor | None
-
-    def __init__(
-        self, base: nn.Module, options: LoRA, scale: float, a_shape: tuple[int, ...], b_shape: tuple[int, ...]
-    ) -> None:
-        super().__init__(base, options)
-        device = self.weight.device
-        self.scale = scale
-        self.dropout = options.dropout
-        self.lora_a = nn.Parameter(torch.empty(a_shape, device=device, dtype=torch.float32))
-        self.lora_b = nn.Parameter(torch.empty(b_shape, device=device, dtype=torch.float32))
-        self.register_buffer("start_a", None)
-        self.register_buffer("start_b", None)
-
-    def pair(self) -> tuple[Tensor, Tensor]:
-        """A [k, in...] and B [out, k...] of the plain LoRA that this adapter equals."""
-        if self.start_a is None or self.start_b is None:
-            return self.lora_a, self.lora_b
-        moved_a, moved_b = self.lora_a - self.start_a, self.lora_b - self.start_b
-        return torch.cat([self.lora_a, moved_a]), torch.cat([moved_b, self.start_b], dim=1)
-
-    @property
-    def rank(self) -> int:
-        """The rank of `pair()`."""
-        return self.lora_a.shape[0] * (1 if self.start_a is None else 2)
-
-    def delta_weight(self) -> Tensor:
-        """s B A in float32, [out, in]; a kernel's taps are laid out flat."""
-        lora_a, lora_b = (tensor.detach().flatten(1) for tensor in self.pair())
-        return self.scale * (lora_b @ lora_a)
-
-    def saved_tensors(self) -> dict[str, Tensor]:
-        lora_a, lora_b = self.pair()
-        return {"lora_A.weight": lora_a, "lora_B.weight": lora_b}
-
-    def _initialise(self, weight: Tensor, rank: int) -> None:
-        """Fill the pair as the options say; `weight` is the base's, [out, in...]."""
-        if self.options.init in inits.INITS:
-            # Each trained slice has its own.
-            for lora_a in self.lora_a.detach().view(-1, rank, *self.lora_a.shape[1:]):
-                inits.INITS[self.options.init](lora_a, self.lora_b)
-        else:
-            matrix = weight.detach().flatten(1).float()
-            lora_a, lora_b = inits.FROM_WEIGHT[self.options.init](matrix, rank, self.scale, self.options.svd_niter)
-            self.start_a, self.start_b = lora_a.view_as(self.lora_a), lora_b.view_as(self.lora_b)
-            self.lora_a.data.copy_(self.start_a)
-            self.lora_b.data.copy_(self.start_b)
-
-    def _with_weight(self, delta: Tensor) -> nn.Module:
-        # A shallow copy keeps the base's type, bias and attributes, whatever subclass it is.
-        plain = copy.copy(self.base)
-        plain._parameters = dict(self.base._parameters)
-        plain._buffers = dict(self.base._buffers)
-        weight = (self.weight.detach().float() + delta).to(self.weight.dtype)
-        plain.weight = nn.Parameter(weight, requires_grad=False)
-        return plain
-
-    def extra_repr(self) -> str:
-        return f"rank={self.rank}, scale={self.scale:g}"
-
-
-class LoraLinear(LoraAdapter):
-    """LoRA on nn.Linear, and on transformers' Conv1D, whose weight is stored transposed.
-
-    With `slices`, n of them trained, `lora_a` [n rank, in] and `lora_b` [their outputs, rank] hold pair after pair.
-    """
-
-    def __init__(
-        self,
-        base: nn.Linear | Conv1D,
-        options: LoRA,
-        rank: int,
-        scale: float,
-        slices: tuple[tuple[int, bool], ...] = (),
-    ) -> None:
-        self.transposed = isinstance(base, Conv1D)
-        self.slices = slices
-        weight = base.weight.t() if self.transposed else base.weight
-        out_size, in_size = weight.shape
-        trained = [size for size, is_trained in slices if is_trained] or [out_size]
-        super().__init__(base, options, scale, (rank * len(trained), in_size), (sum(trained), rank))
-        self._initialise(weight, rank)
-
-    def pair(self) -> tuple[Tensor, Tensor]:
-        lora_a, lora_b = super().pair()
-        if not self.slices:
-            return lora_a, lora_b
-        blocks, row = [], 0
-        for size, is_trained in self.slices:
-            # A block without columns is a slice that is not trained: rows of zeros.
-            blocks.append(lora_b[row : row + size] if is_trained else lora_b.new_empty(size, 0))
-            row += size if is_trained else 0
-        return lora_a, torch.block_diag(*blocks)  # type: ignore[no-untyped-call]
-
-    def forward(self, x: Tensor) -> Tensor:
-        lora_a, lora_b = self.pair()
-        rows = x.reshape(-1, x.shape[-1])
-        y: Tensor = self.base(rows)
-        h = linear(F.dropout(rows, self.dropout, self.training), lora_a)
-        return add_low_rank(y, h, lora_b, self.scale).view(*x.shape[:-1], -1)
-
-    def merged(self) -> nn.Module:
-        delta = self.delta_weight()
-        return self._with_weight(delta.t() if self.transposed else delta)
-
-
-class LoraConv(LoraAdapter):
-    """LoRA on nn.Conv1d, nn.Conv2d and nn.Conv3d: `lora_a` [rank, in, k...], `lora_b` [out, rank / groups, 1...].
-
-    A is the base's convolution but without its groups, B has them and is pointwise: PEFT's shapes. loralib's differ.
-    """
-
-    base: nn.Conv1d | nn.Conv2d | nn.Conv3d
-
-    def __init__(self, base: nn.Conv1d | nn.Conv2d | nn.Conv3d, options: LoRA, rank: int, scale: float) -> None:
-        pointwise = (1,) * len(base.kernel_size)
-        a_shape = (rank, base.in_channels, *base.kernel_size)
-        super().__init__(base, options, scale, a_shape, (base.out_channels, rank // base.groups, *pointwise))
-        self._initialise(base.weight, rank)
-
-    def forward(self, x: Tensor) -> Tensor:
-        base, (lora_a, lora_b) = self.base, self.pair()
-        convolve = _CONVOLUTIONS[len(base.kernel_size)]
-        y: Tensor = base(x)
-        x = F.dropout(x, self.dropout, self.training)
-        padding: Any = base.padding
-        if base.padding_mode != "zeros":
-            x, padding = F.pad(x, base._reversed_padding_repeated_twice, mode=base.padding_mode), 0
-        h = convolve(x, lora_a.to(x.dtype), None, base.stride, padding, base.dilation)
-        return y.add_(convolve(h, lora_b.to(x.dtype), groups=base.groups), alpha=self.scale)
-
-    def merged(self) -> nn.Module:
-        if self.base.groups > 1:
-            raise NotMergeableError(
-                f"A convolution of {self.base.groups} groups cannot be merged: its lora_a reads all groups' channels."
-            )
-        return self._with_weight(self.delta_weight().view_as(self.weight))
-
-
-class LoraEmbedding(LoraAdapter):
-    """LoRA on nn.Embedding: `lora_a` [rank, vocabulary] is looked up by column, `lora_b` is [dim, rank]."""
-
-    def __init__(self, base: nn.Embedding, options: LoRA, rank: int, scale: float) -> None:
-        super().__init__(base, options, scale, (rank, base.num_embeddings), (base.embedding_dim, rank))
-        inits.embedding(self.lora_a, self.lora_b)
-        # Gemma's embedding multiplies what it looks up; the update passes through the same factor.
-        # Its tensor would be waited for on a GPU at each call; `scalar_embed_scale` is the number that it was made of.
-        self.output_scale = float(getattr(base, "scalar_embed_scale", getattr(base, "embed_scale", 1.0)))
-
-    def forward(self, ids: Tensor) -> Tensor:
-        y: Tensor = self.base(ids.flatten())
-        h = F.embedding(ids.flatten(), self.lora_a.t(), padding_idx=self.base.padding_idx)  # type: ignore[arg-type]
-        return add_low_rank(y, h.to(y.dtype), self.lora_b, self.scale * self.output_scale).view(*ids.shape, -1)
-
-    def merged(self) -> nn.Module:
-        return self._with_weight(self.delta_weight().t())
-
-    def saved_tensors(self) -> dict[str, Tensor]:
-        return {"lora_embedding_A": self.lora_a, "lora_embedding_B": self.lora_b}
+def check_peft_fields(config: Mapping[str, Any]) -> None:
+    """Refuse, with an AdapterError that names all, fields of PEFT's LoRA that change the result and are not ours."""
+    faults = [
+        f"{key} is {config[key]!r}, which is not supported"
+        for key, unused in _UNUSED_BY_PEFT.items()
+        if key in config and config[key] not in unused
+    ]
+    init = config.get("init_lora_weights")
+    if isinstance(init, str) and init.lower().startswith(_BASE_CHANGING_INITS):
+        faults.append(f"init_lora_weights is {init!r}, which changed the base; let PEFT convert it to plain LoRA")
+    if faults:
+        raise AdapterError("; ".join(faults) + ".")
 
 
 OPTIONS = LoRA

@@ -7,6 +7,8 @@ Every method wraps modules, so attaching, saving, merging, planning and training
 - `merged()` gives a new plain module, or raises `NotMergeableError` with the reason.
 - `num_parameters()` counts what is trained; `auxiliary_loss()` adds to the loss (load balancing and the like).
 
+What any method can train beside its own adapters (whole modules, single tokens) are adapters too: see `beside.py`.
+
 The options know which kinds of module they can wrap and how to wrap one. A method is found by its file name:
 `methods/lora.py` is the method `lora`, and its `OPTIONS` is the class that `method:` in run.yaml fills. The fields of
 that class are the keys of run.yaml: type, range and description stand here once, as pydantic's `Field` in
@@ -21,7 +23,7 @@ import importlib
 import importlib.util
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Annotated, Any, ClassVar, get_type_hints
@@ -34,30 +36,62 @@ from lorica.errors import ConfigError, TargetError
 
 
 def _targets(value: object) -> object:
-    if isinstance(value, str):
+    names = [value] if isinstance(value, str) else value
+    if not isinstance(names, list | tuple) or not names or not all(isinstance(n, str) and n.strip() for n in names):
+        raise ValueError("must be a keyword such as all-linear, a regular expression, or a list of module names")
+    for name in names:
         try:
-            re.compile(value)
+            re.compile(name)
         except re.error as error:
             raise ValueError(f"is no valid regular expression: {error}") from None
-        if value.strip():
-            return value
-    elif isinstance(value, list | tuple) and value and all(isinstance(item, str) and item.strip() for item in value):
-        return tuple(value)
-    raise ValueError("must be a keyword such as all-linear, a regular expression, or a list of module names")
+    return value if isinstance(value, str) else tuple(names)
+
+
+def _patterns(value: object) -> object:
+    if value == [] or value == ():
+        return ()
+    names = _targets(value)
+    return (names,) if isinstance(names, str) else names
+
+
+def _tokens(value: object) -> object:
+    if isinstance(value, Mapping):
+        return {str(name): _tokens(ids) for name, ids in value.items()}
+    if isinstance(value, list | tuple) and all(type(item) is int and item >= 0 for item in value):
+        if len(set(value)) == len(value):
+            return tuple(value)
+        raise ValueError(f"names {next(item for item in value if value.count(item) > 1)} twice")
+    raise ValueError("must be a list of token ids, or such a list for each module: {embed_tokens: [32000, 32001]}")
 
 
 Targets = Annotated[str | tuple[str, ...], BeforeValidator(_targets)]
+Patterns = Annotated[tuple[str, ...], BeforeValidator(_patterns)]
+Tokens = Annotated[tuple[int, ...] | Mapping[str, tuple[int, ...]], BeforeValidator(_tokens)]
 Names = Annotated[tuple[str, ...], BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)]
 Rank = Annotated[int, Field(ge=1, le=65536)]
 Positive = Annotated[float, Field(gt=0)]
 Probability = Annotated[float, Field(ge=0, lt=1)]
+StartBatches = Sequence[tuple[Mapping[str, Any], Tensor]]
+"""Keywords for the model's forward and the targets [B, T], for each batch."""
+StartLoss = Callable[[Any, Mapping[str, Any], Tensor], Tensor]
+"""(model, keywords, targets) -> a scalar loss."""
 
 
 class Adapter(nn.Module, ABC):
-    """One module of the model with something trainable around it."""
+    """One module of the model with something trainable around it.
+
+    Attributes:
+        base: the wrapped module, frozen.
+        options: those that the whole model was adapted with.
+        is_beside: whether it is trained beside the method's own adapters (`beside.py`), and is none of them.
+        replaced: names of the base's parameters of which the output does not depend on every value: what an adapter
+            was trained on is told by the others.
+    """
 
     base: nn.Module
     options: MethodOptions
+    is_beside: bool = False
+    replaced: tuple[str, ...] = ()
 
     def __init__(self, base: nn.Module, options: MethodOptions) -> None:
         super().__init__()
@@ -80,6 +114,16 @@ class Adapter(nn.Module, ABC):
     def auxiliary_loss(self) -> Tensor | None:
         """A scalar to add to the training loss, or None."""
         return None
+
+    def restart(self) -> Sequence[nn.Parameter]:
+        """Fold what was learned away as a constant, start anew, and return the parameters that are fresh.
+
+        The output stays as it is. Nothing where an adapter cannot: it goes on.
+        """
+        return ()
+
+    def make_room(self, saved: Mapping[str, Tensor]) -> None:
+        """Give buffers that come, go or grow in a run the shapes that they have in `saved`, a checkpoint's tensors."""
 
     def num_parameters(self) -> int:
         """How many parameters this adapter trains."""
@@ -106,6 +150,10 @@ class MethodOptions(ABC):
         targets: `"all-linear"` (every linear layer but the output head), or one pattern or several. A pattern is a
             regular expression that must match a module's whole dotted name, or a whole tail of it after a dot:
             `q_proj`, `mlp.down_proj`, `layers.[0-3]..*_proj`.
+        modules_to_save: patterns of modules that are trained whole beside the adapters, and saved with them: a fresh
+            classification head, a resized embedding, norms. A module that holds others stands for all in it.
+        trainable_tokens: ids of tokens whose rows of the input embedding are trained; or the ids for each module, an
+            embedding or an output head, by pattern.
 
     Raises:
         ConfigError: fields that cannot be meant; all of them at once.
@@ -117,11 +165,21 @@ class MethodOptions(ABC):
     """Further kinds that can be wrapped when they are named."""
     peft_type: ClassVar[str | None] = None
     """PEFT's name of the method; None where PEFT does not have it."""
+    shared_names: ClassVar[tuple[str, ...]] = ()
+    """Whole names on disk of tensors that all adapters share and that belong to no module."""
+    can_restart: ClassVar[bool] = False
+    """Whether its adapters can `restart`."""
 
     targets: Annotated[
         Targets,
         Field(description="modules to adapt: all-linear (all but the output head), a pattern, or a list of patterns"),
     ] = "all-linear"
+    modules_to_save: Annotated[
+        Patterns, Field(description="modules trained whole beside the adapter: patterns of names, such as [lm_head]")
+    ] = ()
+    trainable_tokens: Annotated[
+        Tokens, Field(description="tokens whose embeddings are trained: a list of ids, or {name or regex: ids}")
+    ] = ()
 
     def __post_init__(self) -> None:
         given = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
@@ -158,15 +216,47 @@ class MethodOptions(ABC):
         """Wrap the modules at `names`, nothing replaced yet. For methods whose adapters share something."""
         return {name: self.wrap(model.get_submodule(name), name) for name in names}
 
+    @property
+    def num_start_batches(self) -> int:
+        """How many optimizer steps' worth of data `start` looks at; 0: there is no start from data."""
+        return 0
+
+    def start(self, model: nn.Module, loss_fn: StartLoss, batches: StartBatches) -> None:  # noqa: B027 - most do nothing
+        """Start the adapters, fresh on `model`, from data. The model's output stays the base's.
+
+        A resumed run never calls it: what it finds is in parameters and buffers.
+
+        Raises:
+            ConfigError: the data does not suffice.
+            DivergedError: the loss or a gradient is not finite.
+        """
+
+    def lr_factor(self, adapter: Adapter, parameter: str) -> float:
+        """By what the learning rate of one of an adapter's parameters is multiplied."""
+        return 1.0
+
     def after_step(self, model: nn.Module, step: int, num_steps: int) -> None:  # noqa: B027 - most do nothing
         """What the method does to its adapters after optimizer step `step`, counted from 1, of `num_steps`.
 
         It must be a function of the parameters, buffers and arguments alone, or a resumed run would differ.
         """
 
+    def candidates(self, model: nn.Module) -> dict[str, nn.Module]:
+        """The modules that `targets` choose from, by name. For methods to which a module's place matters.
+
+        Raises:
+            TargetError: the method cannot be had with this model.
+        """
+        # The model itself, whose name is empty, cannot be replaced in place.
+        return {name: module for name, module in model.named_modules() if name and self.takes(module)}
+
+    def in_front(self, vocab_size: int) -> tuple[range, int]:
+        """Ids that stand in front of every sample of a model with `vocab_size` embeddings, and `position_offset`."""
+        return range(vocab_size, vocab_size + self.num_virtual_ids), self.position_offset
+
     @property
-    def num_virtual_tokens(self) -> int:
-        """Token ids that stand in front of every sample: vocabulary size, vocabulary size + 1, ..."""
+    def num_virtual_ids(self) -> int:
+        """How many token ids stand in front of every sample: vocabulary size, vocabulary size + 1, ..."""
         return 0
 
     @property
@@ -192,6 +282,14 @@ class MethodOptions(ABC):
         """
         raise NotImplementedError
 
+    def shared_shapes(self, modules: Sequence[nn.Module]) -> dict[str, tuple[int, ...]]:
+        """The shapes of `shared_tensors` of the adapters that would wrap `modules`."""
+        return {}
+
+    def shared_tensors(self, found: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Those of `shared_names` that are saved beside the adapters `found`; loading copies into them."""
+        return {}
+
     def shapes(self, module: nn.Module, name: str) -> dict[str, tuple[int, ...]]:
         """The shapes of `saved_tensors` of the adapter that would wrap `module`, found before one is made.
 
@@ -203,6 +301,11 @@ class MethodOptions(ABC):
         with torch.device("meta"):
             adapter = self.wrap(copy.deepcopy(module, empty), name)
         return {key: tuple(tensor.shape) for key, tensor in adapter.saved_tensors().items()}
+
+    def shapes_in(self, model: nn.Module, names: Sequence[str]) -> dict[str, dict[str, tuple[int, ...]]]:
+        """`shapes` of those of the modules at `names` that can be wrapped. For methods that ask the whole model."""
+        candidates = self.candidates(model)
+        return {name: self.shapes(candidates[name], name) for name in names if name in candidates}
 
 
 def method_options(name: str) -> type[MethodOptions]:

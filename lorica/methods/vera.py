@@ -6,8 +6,9 @@ A and B are drawn from `seed`, as large as the largest layer asks, and each laye
 first rows of B. That is PEFT's layout and its generator, so a folder holds the vectors alone and both sides draw the
 same pair. b starts at zero. A 4096 x 4096 layer trains 4,352 numbers at rank 256, and 131,072 by LoRA of rank 16.
 
-What it gives up: rank and products are larger than LoRA's. PEFT's folders that hold the pair itself (its
-`save_projection`) are refused: ours comes from the seed.
+With `save_projection`, as PEFT has it by default, the folder holds the pair too, and reading takes it from there.
+
+What it gives up: rank and products are larger than LoRA's.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from __future__ import annotations
 import copy
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
@@ -25,10 +26,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from lorica.errors import AdapterError
+from lorica.errors import AdapterError, ConfigError
 from lorica.kernels.linear import linear
-from lorica.methods.lora import add_low_rank
+from lorica.methods.low_rank import add_low_rank
 from lorica.methods.method import Adapter, MethodOptions, Positive, Probability, Rank, unsupported_kind
+
+# The names on disk of what belongs to no module.
+_SHARED_A, _SHARED_B = "base_model.vera_A", "base_model.vera_B"
 
 
 @dataclass(frozen=True)
@@ -39,16 +43,19 @@ class VeRA(MethodOptions):
         rank: rank of the shared pair.
         d_initial: what the elements of d start at.
         dropout: probability of dropping an input feature on the adapter's branch.
-        seed: what A and B are drawn from; without it an adapter means nothing.
+        seed: what A and B are drawn from; without them an adapter means nothing.
+        save_projection: whether A and B are saved with the adapter: for a reader that draws other numbers.
     """
 
     linear_kinds: ClassVar[tuple[type[nn.Module], ...]] = (nn.Linear, Conv1D)
     peft_type: ClassVar[str | None] = "VERA"
+    shared_names: ClassVar[tuple[str, ...]] = (_SHARED_A, _SHARED_B)
 
     rank: Annotated[Rank, Field(description="rank of the shared pair, 1 to 65536")] = 256
     d_initial: Annotated[Positive, Field(description="what the trained factors of A x start at")] = 0.1
     dropout: Annotated[Probability, Field(description="probability of dropping an input of the adapter")] = 0.0
     seed: Annotated[int, Field(ge=0, description="what the shared random pair is drawn from")] = 0
+    save_projection: Annotated[bool, Field(description="whether the shared pair is saved with the adapter")] = False
 
     def wrap(self, module: nn.Module, name: str) -> Adapter:
         return self._wrap({name: module})[name]
@@ -62,13 +69,14 @@ class VeRA(MethodOptions):
             if not isinstance(module, nn.Linear | Conv1D):
                 raise unsupported_kind(module, name, "vera")
             linears[name] = module
-        rows = [_rows(module.weight, module) for module in linears.values()]
-        out_size, in_size = (max(sizes) for sizes in zip(*(w.shape for w in rows), strict=True))
+        out_size, in_size = _largest(linears.values())
         # A pair for each device. Parameters, which stay one tensor when the model moves; buffers would part.
         pairs = {
             device: [nn.Parameter(t.to(device), requires_grad=False) for t in self.draw(in_size, out_size, device)]
-            for device in dict.fromkeys(w.device for w in rows)
+            for device in dict.fromkeys(m.weight.device for m in linears.values())
         }
+        if self.save_projection and len(pairs) > 1:
+            raise ConfigError("VeRA: save_projection needs a model on one device; this one lies on several.")
         return {name: VeraLinear(m, self, *pairs[m.weight.device]) for name, m in linears.items()}
 
     def draw(self, in_size: int, out_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -82,13 +90,24 @@ class VeRA(MethodOptions):
             matrix.uniform_(-bound, bound, generator=generator)
         return pair[0], pair[1]
 
+    def shared_shapes(self, modules: Sequence[nn.Module]) -> dict[str, tuple[int, ...]]:
+        wrapped = [module for module in modules if self.takes(module)]
+        if not self.save_projection or not wrapped:
+            return {}
+        out_size, in_size = _largest(wrapped)
+        return {_SHARED_A: (self.rank, in_size), _SHARED_B: (out_size, self.rank)}
+
+    def shared_tensors(self, found: Mapping[str, Any]) -> dict[str, Tensor]:
+        first = next(iter(found.values()))
+        return {_SHARED_A: first.shared_a, _SHARED_B: first.shared_b} if self.save_projection else {}
+
     def to_peft(self, found: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
         return {
             "r": self.rank,
             "d_initial": self.d_initial,
             "vera_dropout": self.dropout,
             "projection_prng_key": self.seed,
-            "save_projection": False,
+            "save_projection": self.save_projection,
             "fan_in_fan_out": any(isinstance(a.base, Conv1D) for a in found.values()),
             "bias": "none",
             "init_weights": True,
@@ -103,8 +122,15 @@ class VeRA(MethodOptions):
             d_initial=float(config.get("d_initial", 0.1)),
             dropout=float(config.get("vera_dropout") or 0.0),
             seed=int(config.get("projection_prng_key") or 0),
+            save_projection=bool(config.get("save_projection", True)),
             targets=tuple(re.escape(name) for name in names),
         )
+
+
+def _largest(modules: Iterable[nn.Module]) -> tuple[int, int]:
+    """The most outputs and the most inputs that any of the linear layers has."""
+    shapes = [_rows(module.weight, module).shape for module in modules]  # type: ignore[arg-type]
+    return max(shape[0] for shape in shapes), max(shape[1] for shape in shapes)
 
 
 def _rows(weight: Tensor, module: nn.Module) -> Tensor:

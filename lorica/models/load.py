@@ -6,7 +6,11 @@ and no code from a model folder is ever run. `equip` then sets our attention and
 
 from __future__ import annotations
 
+import copy
 import hashlib
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,21 +18,24 @@ import torch
 from torch import nn
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
+    AutoModel,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
 from lorica.assets import embedded_base
 from lorica.errors import ModelError
 from lorica.files import read_json_object
+from lorica.kernels import attention
 from lorica.kernels.linear import Linear, cpu_computes, is_widened
-from lorica.models import attention
 from lorica.models.lean import use_lean_layers
+from lorica.models.tasks import CLASSIFICATION, choose_task, head_modules, is_encoder, own_labels, set_labels
+from lorica.quant.linear import fingerprint
+from lorica.quant.linear import layers as quantized_layers
+from lorica.quant.loading import loading_arguments
 
 EMBEDDED = "embedded"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -43,35 +50,115 @@ def load_model(
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
     revision: str | None = None,
+    task: str = "auto",
+    labels: Sequence[str] = (),
+    seed: int = 0,
+    quant: str | None = None,
+    double_quant: bool = True,
 ) -> PreTrainedModel:
-    """Load a causal language model, frozen nowhere and adapted nowhere, in evaluation mode.
+    """Load a model, frozen nowhere and adapted nowhere, in evaluation mode.
 
     Args:
         base: a folder in Hugging Face format, a hub id, or `"embedded"`.
         dtype: a torch dtype or its name. None or `"auto"`: the checkpoint's own, but float32 on a CPU that would
-        emulate
-            a 16-bit type.
+            emulate a 16-bit type.
         device: None or `"auto"`: CUDA if there is one, else the CPU.
         revision: of a hub id.
+        task: `causal`, `classification`, `seq2seq`, or `auto`; see `models/tasks.py`.
+        labels: a classifier's classes by id; none: those of a checkpoint that is a classifier. With others than the
+            checkpoint's own, its head is new.
+        seed: of a new head.
+        quant: `"nf4"` quantises the linear layers, but for the output head, while they are read, a tensor at a time;
+            `dtype` is then that of the rest. A checkpoint that is quantised already is read as it is.
+        double_quant: quantise the scales too.
 
     Raises:
-        ModelError: the folder is missing or damaged, holds pickled weights only, or asks for code of its own.
+        ModelError: the folder is missing or damaged, holds pickled weights only, asks for code of its own, or cannot
+            do the task; its weights are quantised in a way that is not known.
+        ConfigError: `quant` is no scheme.
+    """
+    return load_with_head(
+        base,
+        dtype=dtype,
+        device=device,
+        revision=revision,
+        task=task,
+        labels=labels,
+        seed=seed,
+        quant=quant,
+        double_quant=double_quant,
+    )[0]
+
+
+def load_with_head(
+    base: str | Path,
+    *,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+    revision: str | None = None,
+    task: str = "auto",
+    labels: Sequence[str] = (),
+    seed: int = 0,
+    quant: str | None = None,
+    double_quant: bool = True,
+) -> tuple[PreTrainedModel, tuple[str, ...]]:
+    """As `load_model`, and the names of the modules that have to be trained whole: a classifier's head, and whatever
+    else the checkpoint does not hold (the pooling layer of a masked language model).
     """
     config = load_config(base, revision=revision)
-    place = pick_device(device)
+    chosen, place = choose_task(task, config, str(base)), pick_device(device)
+    own = own_labels(config)
+    if chosen is CLASSIFICATION:
+        if not (labels or own):
+            raise ModelError(f"{base}: a classifier's head needs the names of its classes: labels=(...).")
+        set_labels(config, labels or own)
+    quantisation = loading_arguments(str(base), config, quant, double_quant)
     transformers_logging.disable_progress_bar()
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            _name(base),
-            config=config,
-            dtype=pick_dtype(dtype, config, place),
-            use_safetensors=True,
-            **_where(base, revision),
-        )
+        with torch.random.fork_rng(devices=[]), _quiet(chosen is CLASSIFICATION):
+            torch.manual_seed(seed)
+            model, report = chosen.auto.from_pretrained(
+                _name(base),
+                config=config,
+                dtype=pick_dtype(dtype, config, place),
+                use_safetensors=True,
+                ignore_mismatched_sizes=chosen is CLASSIFICATION,
+                output_loading_info=True,
+                **quantisation,
+                **_where(base, revision),
+            )
+            if chosen is CLASSIFICATION and tuple(labels or own) != own:
+                _renew_head(model)
     except Exception as error:
         # from_pretrained raises whatever its many parts raise; every one of them means that this base cannot be used.
         raise ModelError(f"{base}: the model cannot be loaded. {type(error).__name__}: {error}") from error
-    return equip(model.to(place)).eval()
+    heads = head_modules(model)
+    missing = [key.rpartition(".")[0] for key in report["missing_keys"] if chosen is CLASSIFICATION]
+    others = sorted({name for name in missing if name.partition(".")[0] not in heads})
+    return equip(model.to(place)).eval(), (*heads, *others)
+
+
+@contextmanager
+def _quiet(wanted: bool) -> Iterator[None]:
+    """Without transformers' table of what a new head lacks: the caller is told by its names."""
+    level = transformers_logging.get_verbosity()
+    if wanted:
+        transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+
+
+def _renew_head(model: PreTrainedModel) -> None:
+    """A head of the same size that was trained for other classes would be kept by `from_pretrained`."""
+    with torch.no_grad():
+        for name in head_modules(model):
+            for module in model.get_submodule(name).modules():
+                if isinstance(module, nn.Linear):
+                    module.weight.normal_(0.0, getattr(model.config, "initializer_range", 0.02))
+                    if module.bias is not None:
+                        module.bias.zero_()
 
 
 def equip(model: PreTrainedModel) -> PreTrainedModel:
@@ -109,7 +196,7 @@ def load_config(base: str | Path, *, revision: str | None = None) -> PretrainedC
     """The base's configuration; no weights are read.
 
     Raises:
-        ModelError: the folder is missing, asks for code of its own, or holds no causal language model.
+        ModelError: the folder is missing, asks for code of its own, or holds no model.
     """
     _check_folder(base)
     try:
@@ -117,13 +204,21 @@ def load_config(base: str | Path, *, revision: str | None = None) -> PretrainedC
     except Exception as error:
         # As above.
         raise ModelError(_because(base, "config.json cannot be used", error)) from error
-    # Loaded as causal, such a model still sees the token it should predict: its loss would fall and mean nothing.
-    if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", True):
-        raise ModelError(
-            f"{base}: a {config.model_type} model reads in both directions, and a causal language model is wanted. "
-            "lorica.adapt takes it, in a training loop of your own."
-        )
     return config
+
+
+def context_length(config: PretrainedConfig) -> int | None:
+    """Most tokens that the base has positions for, or None where it states no limit."""
+    text = config.get_text_config()
+    limit = getattr(text, "max_position_embeddings", None)
+    if not limit or not is_encoder(config):
+        return limit or None
+    # RoBERTa and its kin count positions from behind the padding token's, as their embedding of positions tells.
+    with torch.device("meta"):
+        embeddings = getattr(AutoModel.from_config(copy.deepcopy(config)), "embeddings", None)
+    positions = getattr(embeddings, "position_embeddings", None)
+    first = getattr(positions, "padding_idx", None)
+    return int(limit) if first is None else int(limit) - first - 1
 
 
 def pick_device(device: torch.device | str | None) -> torch.device:
@@ -147,33 +242,42 @@ def pick_dtype(dtype: torch.dtype | str | None, config: PretrainedConfig, device
     return own
 
 
-def base_fingerprint(model: nn.Module) -> str:
+def base_fingerprint(model: nn.Module, without: Collection[str] = ()) -> str:
     """A short hash that tells one base's weights from another's: 64 hexadecimal digits.
+
+    The modules and parameters `without` do not count: those that are trained whole, of which a new head is another at
+    each loading.
 
     It covers the name and shape of every frozen tensor of the base and up to 64 values of each, spread over it,
     rounded to bfloat16, so the same checkpoint gives the same fingerprint in float32 and in bfloat16, adapted or not.
-    (In float16 it may give another: values are rounded twice.)
+    (In float16 it may give another: values are rounded twice.) So it does if it is quantised while it is loaded: what
+    counts is what a weight was before. A checkpoint that is quantised already is a base of its own.
     """
     digest = hashlib.sha256()
-    for name, tensor in sorted(_base_tensors(model).items()):
-        digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
-        flat = tensor.detach().reshape(-1)
-        sample = flat[:: max(1, flat.numel() // 64)][:64]
-        digest.update(sample.to(torch.bfloat16).cpu().view(torch.int16).numpy().tobytes())
+    for name, sample in sorted(_base_samples(model).items()):
+        if not any(f"{name}.".startswith(f"{left_out}.") for left_out in without):
+            digest.update(f"{name} ".encode() + sample())
     return digest.hexdigest()
 
 
-def _base_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+def _base_samples(model: nn.Module) -> dict[str, Callable[[], bytes]]:
+    """What gives the `fingerprint` of each of the base's tensors, by the name that it has in the bare model."""
     # An adapter holds the module it wraps as `base`, and what it adds is float32 beside it.
     wrapped = {name for name, module in model.named_modules() if "base" in module._modules and name}
-    tensors: dict[str, torch.Tensor] = {}
+    origins = {name: layer.origin for name, layer in quantized_layers(model)}
+    samples: dict[str, Callable[[], bytes]] = {}
     for name, parameter in model.named_parameters():
+        holder, _, kind = name.rpartition(".")
+        origin = None if kind == "bias" else origins.get(holder)
+        # The parts of a quantised weight stand for the one that it was made of.
+        shown = name if origin is None else f"{holder}.weight"
+        sample = partial(fingerprint, parameter) if origin is None else partial(bytes, origin)
         owner = next((w for w in wrapped if name.startswith(f"{w}.")), None)
         if owner is None:
-            tensors[name] = parameter
+            samples[shown] = sample
         elif name.startswith(f"{owner}.base."):
-            tensors[f"{owner}.{name[len(owner) + 6 :]}"] = parameter
-    return tensors
+            samples[f"{owner}.{shown[len(owner) + 6 :]}"] = sample
+    return samples
 
 
 def is_local(base: str | Path) -> bool:

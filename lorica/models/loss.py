@@ -27,19 +27,24 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from lorica.models.tasks import CLASSIFICATION, task_of
+
 IGNORED = -100
 _CHUNK_BYTES = 1 << 26
 _ROUND_TO = 64
 
 LossFunction = Callable[[PreTrainedModel, Mapping[str, Any], Tensor], Tensor]
-"""(model, keywords for the model, targets [B, T] on the CPU) -> sum of the token losses, a float32 scalar.
+"""(model, keywords for the model, targets on the CPU) -> sum of the losses, a float32 scalar.
 
-`targets[b, t]` is the token to predict at position t, or -100 where nothing is trained.
+targets [B, T]: the token to predict at position t (of the answer, for seq2seq), or -100 where nothing is trained.
+For a classifier [B]: the class of each row.
 """
 
 
 def make_loss(model: PreTrainedModel) -> LossFunction:
     """The loss for `model`: from its hidden states where that provably equals its own logits, else from its logits."""
+    if task_of(model) is CLASSIFICATION:
+        return class_loss
     head = model.get_output_embeddings()
     if head is None:
         return logits_loss
@@ -53,18 +58,25 @@ def make_loss(model: PreTrainedModel) -> LossFunction:
 
 def _hidden_states_loss(after: Callable[[Tensor], Tensor]) -> LossFunction:
     def loss(model: PreTrainedModel, inputs: Mapping[str, Any], targets: Tensor) -> Tensor:
-        hidden = model.base_model(**inputs, use_cache=False).last_hidden_state
+        hidden = _last_hidden_state(model, inputs)
+        assert hidden is not None
         positions, wanted = _trained_positions(targets, hidden.device)
         return chunked_cross_entropy(hidden.flatten(0, 1)[positions], wanted, _head(model), after)
 
     return loss
 
 
+def class_loss(model: PreTrainedModel, inputs: Mapping[str, Any], targets: Tensor) -> Tensor:
+    """Sum over the rows of -log softmax(logits)[class], by a classifier's own forward."""
+    logits = model(**inputs).logits
+    return F.cross_entropy(logits.float(), targets.to(logits.device), reduction="sum")
+
+
 def logits_loss(model: PreTrainedModel, inputs: Mapping[str, Any], targets: Tensor) -> Tensor:
     """The loss by the model's own forward, with logits at the trained positions only where B is 1."""
     device = model.device
     positions, wanted = _trained_positions(targets, device)
-    keep = {"logits_to_keep": positions} if targets.shape[0] == 1 else {}
+    keep = {"logits_to_keep": positions} if targets.shape[0] == 1 and "decoder_input_ids" not in inputs else {}
     logits = model(**inputs, use_cache=False, **keep).logits
     rows = logits[0] if keep and logits.shape[1] == len(positions) else logits.flatten(0, 1)[positions]
     return F.cross_entropy(rows.float(), wanted, reduction="sum")
@@ -154,6 +166,20 @@ def _trained_positions(targets: Tensor, device: torch.device) -> tuple[Tensor, T
     return torch.from_numpy(positions).to(device), torch.from_numpy(flat[positions]).to(device)
 
 
+def _last_hidden_state(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Tensor | None:
+    """What the head reads, [B, T, E]; of an encoder-decoder the decoder's. None where the model does not show it."""
+    if "decoder_input_ids" not in inputs:
+        return getattr(model.base_model(**inputs, use_cache=False), "last_hidden_state", None)
+    seen = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"]}
+    output = model.get_decoder()(
+        input_ids=inputs["decoder_input_ids"],
+        encoder_hidden_states=model.get_encoder()(**seen).last_hidden_state,
+        encoder_attention_mask=inputs["attention_mask"],
+        use_cache=False,
+    )
+    return getattr(output, "last_hidden_state", None)
+
+
 def _post_processing(model: PreTrainedModel) -> list[Callable[[Tensor], Tensor]]:
     """What this model may do to its logits, the likeliest first: read off the config, to be checked by `_agrees`."""
     config = model.config.get_text_config()
@@ -166,6 +192,9 @@ def _post_processing(model: PreTrainedModel) -> list[Callable[[Tensor], Tensor]]
         logits = logits if factor == 1.0 else logits * factor
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
+    if factor is None and model.config.is_encoder_decoder and getattr(config, "d_model", None):
+        # T5 with a head tied to its embedding scales what goes into it, which is the same.
+        return [lambda logits: capped(logits, config.d_model**-0.5), capped]
     if factor is None:
         return [capped]
     return [lambda logits: capped(logits, factor), lambda logits: capped(logits, 1.0 / factor), capped]
@@ -176,11 +205,14 @@ def _agrees(model: PreTrainedModel, after: Callable[[Tensor], Tensor]) -> bool:
     """Do hidden states, head and `after` give the model's own logits on seven tokens?"""
     vocabulary = model.get_input_embeddings().weight.shape[0]
     ids = torch.arange(7, device=model.device)[None] * 37 % vocabulary
+    inputs = {"input_ids": ids}
+    if model.config.is_encoder_decoder:
+        inputs |= {"attention_mask": torch.ones_like(ids), "decoder_input_ids": ids}
     training = model.training
     model.eval()
     try:
-        want = model(input_ids=ids, use_cache=False).logits.float()
-        hidden = getattr(model.base_model(input_ids=ids, use_cache=False), "last_hidden_state", None)
+        want = model(**inputs, use_cache=False).logits.float()
+        hidden = _last_hidden_state(model, inputs)
         if hidden is None:
             return False
         got = after(_head(model)(hidden)).float()

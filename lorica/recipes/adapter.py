@@ -17,16 +17,19 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM
 
 from lorica.errors import AdapterError, ConfigError
 from lorica.interop.arithmetic import Approximation, How, LowRank, combine, norm, relative_error, truncate
+from lorica.interop.folder import CONFIG, PROOF, read_folder
 from lorica.interop.loralib import read_loralib
-from lorica.interop.low_rank import LowRankAdapter, read_low_rank, write_low_rank
-from lorica.interop.peft import CONFIG, PROOF, load_adapter, read_folder
+from lorica.interop.low_rank import LowRankAdapter, module_names, read_low_rank, write_low_rank
+from lorica.interop.pair_layouts import EMBEDDING, MATRIX, Layout
+from lorica.interop.peft import load_adapter
 from lorica.methods.attach import adapters, detach
 from lorica.methods.lora import LoRA
-from lorica.models.load import load_config, load_model
+from lorica.methods.lora_kinds import LoraAdapter
+from lorica.models.load import load_config
 from lorica.recipes import console
 from lorica.recipes.merge import check_free, probe_ids
 from lorica.recipes.opening import find_source
@@ -136,7 +139,7 @@ def verify(adapter: str | Path, *, base: str | None = None) -> Verification:
     model = load_adapter(source.load_base(), folder).eval()
     found = adapters(model)
     ids = probe_ids(model)
-    adapted = _adapted_logits(model, ids)
+    adapted = logits_of(model, ids)
     plain = logits_of(detach(model), ids)
     change = agreement(adapted, plain, plain, model.dtype)
     if not change.max_difference > 0:
@@ -187,6 +190,7 @@ def convert(
         raise ConfigError("--base, --alpha and --enabled are for a loralib state, a .safetensors file.")
     else:
         source = read_low_rank(_folder(adapter))
+    _check_rank(source, rank)
     parts = {
         name: Approximation(pair, 0.0, norm(pair)) if rank is None else truncate(pair, rank)
         for name, pair in source.pairs.items()
@@ -225,17 +229,21 @@ def combine_adapters(
     folders, weights = zip(*(_weighted(source) for source in sources), strict=True)
     found = [read_low_rank(folder) for folder in folders]
     _check_one_base(dict(zip(map(str, folders), found, strict=True)))
+    for adapter in found:
+        _check_rank(adapter, rank)
     pairs = [adapter.pairs for adapter in found]
     parts = combine(pairs, weights, how, rank=rank, density=density, seed=seed)
-    names = sorted(parts)
+    layouts = {name: layout for adapter in found for name, layout in adapter.layouts.items()}
     config = dict(found[0].config)
     if any(adapter.pairs.keys() != parts.keys() for adapter in found):
         # The first one's pattern would leave out what only another one has.
-        config |= {"target_modules": names, "exclude_modules": None}
+        parameters = {name: None for adapter in found for name in adapter.config.get("target_parameters") or ()}
+        config |= {"target_parameters": list(parameters) or None, "exclude_modules": None}
+        config |= {"target_modules": module_names(layouts, config)}
         config |= {"layers_to_transform": None, "layers_pattern": None}
     merged = LowRankAdapter(
         pairs={name: part.pair for name, part in parts.items()},
-        embeddings=frozenset().union(*(adapter.embeddings for adapter in found)),
+        layouts=layouts,
         config=config,
         # Known only where all say it: the others may be of a base that merely has the same shapes.
         base_fingerprint=found[0].base_fingerprint if all(adapter.base_fingerprint for adapter in found) else None,
@@ -255,6 +263,13 @@ def _write(output: str | Path, source: LowRankAdapter, parts: Mapping[str, Appro
         f"Written to {output} and read back: {len(parts)} modules of rank {rank}, relative error {result.error:.2%}."
     )
     return result
+
+
+def _check_rank(adapter: LowRankAdapter, rank: int | None) -> None:
+    """Refuse a rank for convolutions with groups, each of which has its share of it."""
+    grouped = [name for name, layout in adapter.layouts.items() if layout.num_groups > 1]
+    if rank is not None and grouped:
+        raise AdapterError(f"{', '.join(grouped[:5])}: a convolution with groups cannot be given another rank.")
 
 
 def _folder(adapter: str | Path) -> Path:
@@ -285,14 +300,11 @@ def _check_one_base(found: Mapping[str, LowRankAdapter]) -> None:
     bases = {x.config.get("base_model_name_or_path") for x in found.values()}
     if len(prints) < len(found) and len(bases) > 1:
         console.log(f"Warning: the adapters name {', '.join(map(str, bases))}; nothing tells whether that is one base.")
-    mixed = {
-        n
-        for x in found.values()
-        for n in x.embeddings
-        if any(n in y.pairs.keys() - y.embeddings for y in found.values())
-    }
-    if mixed:
-        raise AdapterError(f"{', '.join(sorted(mixed))} is an embedding in one adapter and a matrix in another.")
+    kinds: dict[str, set[Layout]] = {}
+    for name, layout in (item for x in found.values() for item in x.layouts.items()):
+        kinds.setdefault(name, set()).add(layout)
+    if mixed := [name for name, layouts in kinds.items() if len(layouts) > 1]:
+        raise AdapterError(f"{', '.join(mixed[:5])} is one kind of layer in one adapter and another kind in another.")
 
 
 def _common_copies(found: Sequence[LowRankAdapter]) -> dict[str, Tensor]:
@@ -333,13 +345,15 @@ def _from_loralib(
         "fan_in_fan_out": any(not isinstance(modules[name], nn.Linear | nn.Embedding) for name in pairs),
         "bias": "none",
     }
-    embeddings = frozenset(name for name in pairs if isinstance(modules[name], nn.Embedding))
-    return LowRankAdapter(pairs, embeddings, config, None, {})
+    layouts = {name: Layout(EMBEDDING if isinstance(modules[name], nn.Embedding) else MATRIX) for name in pairs}
+    return LowRankAdapter(pairs, layouts, config, None, {})
 
 
 def _weights(base: str, folder: Path) -> dict[str, Tensor]:
     """The weights that the adapter in `folder` changes, by module; it must fit `base`."""
-    return {name: adapter.weight for name, adapter in adapters(load_adapter(load_model(base), folder)).items()}
+    source = find_source(folder, [f"model.base={dump_value(base)}"])
+    found = adapters(load_adapter(source.load_base(), folder))
+    return {name: adapter.weight for name, adapter in found.items() if isinstance(adapter, LoraAdapter)}
 
 
 def _part(name: str, pair: LowRank, weight: Tensor | None) -> Part:
@@ -347,14 +361,6 @@ def _part(name: str, pair: LowRank, weight: Tensor | None) -> Part:
     relative = None if weight is None else size / float(weight.detach().double().norm())
     shape = [pair.b.shape[0], pair.a.shape[1]]
     return Part(name, shape, pair.rank, pair.scale, size, relative, pair.a.nbytes + pair.b.nbytes)
-
-
-def _adapted_logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    """Logits [B, T, V] at `ids`, behind the virtual tokens of a method that has them."""
-    num_virtual = next(iter(adapters(model).values())).options.num_virtual_tokens
-    first = model.get_input_embeddings().weight.shape[0]
-    virtual = torch.arange(first, first + num_virtual).expand(len(ids), -1)
-    return logits_of(model, torch.cat([virtual, ids], 1))[:, num_virtual:]
 
 
 def _print_inspection(result: Inspection) -> None:

@@ -14,13 +14,13 @@ import math
 import random
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from lorica.config import Resolved, load_config
 from lorica.errors import ConfigError
-from lorica.strict_yaml import dump_value
+from lorica.strict_yaml import dump_value, parse
 
 MAX_ARMS = 1000
 _MAX_GRID = 1_000_000
@@ -34,13 +34,11 @@ class Arm:
 
     Attributes:
         values: of the keys that differ between arms, by dotted key.
-        assignments: what makes it out of run.yaml; the folder is not among them.
         run: the whole configuration; its `train.output` is the arm's folder.
     """
 
     name: str
     values: dict[str, Any]
-    assignments: list[str]
     run: Resolved
 
     @property
@@ -91,17 +89,19 @@ def _make_arm(path: str | Path, assignments: list[str], swept: Sequence[str], ou
     if run.config.data.eval is None:
         raise ConfigError("data.eval: a sweep compares evaluation losses, and null leaves none; give rows or a share")
     found = {row.key: row.value for row in run.describe()}
-    # A key inside a mapping, as method.rank_pattern.q_proj, is no field: its text is its value.
-    given = dict(assignment.split("=", 1) for assignment in assignments)
+    # A key inside a mapping, as method.rank_pattern.q_proj, is no field.
+    given = {key: parse(text).value for key, _, text in (assignment.partition("=") for assignment in assignments)}
     values = {key: found.get(key, given[key]) for key in swept}
     name = arm_name(values)
     folder = (output or Path(f"{run.config.train.output}-sweep")) / name
-    return Arm(name, values, assignments, load_config(path, [*assignments, in_folder(folder)]))
+    return Arm(name, values, in_folder(run, folder))
 
 
-def in_folder(folder: Path) -> str:
-    """The assignment that lets a run stand in `folder`."""
-    return f"train.output={dump_value(str(folder))}"
+def in_folder(run: Resolved, folder: Path) -> Resolved:
+    """The run, standing in `folder`."""
+    train = run.config.train.model_copy(update={"output": str(folder)})
+    config = run.config.model_copy(update={"train": train})
+    return replace(run, config=config, origin={**run.origin, "train.output": "sweep"})
 
 
 def arm_name(values: Mapping[str, Any]) -> str:

@@ -7,6 +7,7 @@ what it has, and a note says what is missing. What it gives up: whether a differ
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,11 +25,15 @@ from lorica.recipes.evaluate import shortened, spread
 from lorica.recipes.opening import open_model
 from lorica.recipes.pictures import draw_comparison
 from lorica.recipes.preparing import base_config, prepare
+from lorica.recipes.tasks import answering
 from lorica.recipes.train import RESULT
 from lorica.strict_yaml import dump_value
 from lorica.training.metrics import read_metrics
 
 SHOWN_SAMPLES = 3
+MAX_COLUMNS = 4
+"""Of more runs than this, each is a row."""
+PICTURES = (".png", ".pdf", ".svg")
 _Content = TypeVar("_Content")
 _SCORES = {"exact_match": "exact match", "bleu": "BLEU", "rouge_l": "ROUGE-L", "chrf": "chrF"}
 
@@ -102,13 +107,15 @@ def compare(runs: Sequence[str | Path], *, output: str | Path = "compare.png", s
 
     Args:
         runs: run folders, at least two.
-        output: the picture.
+        output: the picture, a .png, .pdf or .svg; its folder is made where there is none.
         samples: let every run answer this many of the first run's evaluation rows, greedily; 0: show the answers that
             `lorica eval` left in the runs, where they have the same rows.
 
     Raises:
-        ConfigError: fewer than two runs, folders that are no runs (all are listed), or no evaluation rows to answer.
+        ConfigError: fewer than two runs, folders that are no runs (all are listed), no evaluation rows to answer, or
+            `output` is no picture or cannot be written.
     """
+    _check_picture(Path(output))
     found = _read_runs([Path(run) for run in runs])
     differences = _differences(found)
     summaries = [_summary(run) for run in found]
@@ -119,8 +126,18 @@ def compare(runs: Sequence[str | Path], *, output: str | Path = "compare.png", s
     return comparison
 
 
+def _check_picture(file: Path) -> None:
+    """Before the answers, which take their time."""
+    if file.suffix not in PICTURES:
+        raise ConfigError(f"--output {file}: a picture ends in {', '.join(PICTURES)}.")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--output {file} cannot be written: {error.strerror}.") from error
+
+
 def show(comparison: Comparison) -> None:
-    """Print the tables: a column a run."""
+    """Print the tables: a column a run, or a row a run where there are many."""
     runs = comparison.runs
     names = [run.name for run in runs]
     different = [
@@ -128,14 +145,14 @@ def show(comparison: Comparison) -> None:
         for key, values in comparison.differences.items()
     ]
     if different:
-        console.table("Configuration: what differs", ["key", *names], different)
+        _table("Configuration: what differs", ["key", *names], different)
     else:
         console.log("The configurations are the same.")
     figures = [[title, *(show_value(run) for run in runs)] for title, show_value in _FIGURES.items()]
     for key, title in _SCORES.items():
         if any(key in run.scores for run in runs):
             figures.append([title, *(f"{run.scores[key]:.1f}" if key in run.scores else None for run in runs)])
-    console.table("What came of them", ["", *names], figures)
+    _table("What came of them", ["", *names], figures)
     if comparison.samples:
         rows = [
             [shortened(sample.prompt), shortened(sample.reference), *(_answer(sample.answers[name]) for name in names)]
@@ -146,6 +163,15 @@ def show(comparison: Comparison) -> None:
         for note in run.notes:
             console.log(f"{run.name}: {note}")
     console.log(f"The curves: {comparison.picture}")
+
+
+def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str | None]]) -> None:
+    """A table with a column a run behind the first column; turned round where that makes too many."""
+    if len(columns) <= 1 + MAX_COLUMNS:
+        console.table(title, columns, rows)
+    else:
+        turned = list(zip(columns, *rows, strict=True))
+        console.table(title, ["run", *(str(cell) for cell in turned[0][1:])], turned[1:])
 
 
 def _number(value: float | None) -> str | None:
@@ -175,7 +201,8 @@ _FIGURES: Mapping[str, Callable[[RunSummary], str | None]] = {
 
 
 def _read_runs(folders: Sequence[Path]) -> list[_Run]:
-    if len({folder.resolve() for folder in folders}) < 2:
+    folders = list({folder.resolve(): folder for folder in folders}.values())
+    if len(folders) < 2:
         raise ConfigError("Give at least two different runs to compare.")
     strangers = [f for f in folders if not (f / "config.yaml").is_file() and not (f / "metrics.jsonl").is_file()]
     if strangers:
@@ -192,10 +219,15 @@ def _read_runs(folders: Sequence[Path]) -> list[_Run]:
 def _read_run(name: str, folder: Path) -> _Run:
     notes: list[str] = []
     config = _noted(notes, lambda: load_config(folder))
-    metrics = _noted(notes, lambda: read_metrics(folder / "metrics.jsonl")) or []
+    metrics = [_sound(row) for row in _noted(notes, lambda: read_metrics(folder / "metrics.jsonl")) or []]
     result = _noted(notes, lambda: read_json_object(folder / RESULT)) or {}
     evaluation = _noted(notes, lambda: _read_evaluation(folder / "evaluation.json"))
     return _Run(name, folder, config, metrics, result, *(evaluation or ({}, {})), notes)
+
+
+def _sound(row: Mapping[str, Any]) -> dict[str, Any]:
+    """What a row has in numbers, or explicitly has not; nobody vouches for the rest."""
+    return {key: value for key, value in row.items() if value is None or isinstance(value, int | float)}
 
 
 def _read_evaluation(file: Path) -> tuple[dict[str, float], dict[tuple[str, str], str]]:
@@ -204,11 +236,13 @@ def _read_evaluation(file: Path) -> tuple[dict[str, float], dict[tuple[str, str]
         return {}, {}
     content = read_json_object(file)
     try:
+        if "majority" in content:
+            return {}, {(row["text"], row["label"]): row["predicted"] for row in content["samples"]}
         found = {key: content["all"]["adapter"][key] for key in _SCORES}
         answers = {(row["prompt"], row["references"][0]): row["adapter"] for row in content["samples"]}
     except (KeyError, IndexError, TypeError):
         raise ValueError(f"{file} is not what `lorica eval` writes.") from None
-    return {key: value for key, value in found.items() if value is not None}, answers
+    return {key: value for key, value in _sound(found).items() if value is not None}, answers
 
 
 def _noted(notes: list[str], read: Callable[[], _Content]) -> _Content | None:
@@ -239,15 +273,16 @@ def _summary(run: _Run) -> RunSummary:
     last: Mapping[str, Any] = next((row for row in reversed(run.metrics) if "loss" in row), {})
     losses = [(row["eval_loss"], row["step"]) for row in run.metrics if row.get("eval_loss") is not None]
     best, best_step = min(losses, default=(None, None))
+    result = _sound(run.result)
     return RunSummary(
         name=run.name,
         run=str(run.folder),
-        status=run.result.get("status", "unfinished"),
+        status=str(run.result.get("status", "unfinished")),
         steps=last.get("step"),
         tokens=last.get("tokens"),
         seconds=last.get("seconds"),
-        peak_memory_bytes=run.result.get("peak_memory_bytes", last.get("peak_memory_bytes")),
-        trainable_parameters=run.result.get("trainable_parameters"),
+        peak_memory_bytes=result.get("peak_memory_bytes", last.get("peak_memory_bytes")),
+        trainable_parameters=result.get("trainable_parameters"),
         train_loss=last.get("loss"),
         eval_loss=losses[-1][0] if losses else None,
         best_eval_loss=best,
@@ -278,7 +313,7 @@ def _new_answers(runs: Sequence[_Run], num_samples: int) -> list[Answers]:
     return [
         Answers(
             prompt=next((m.content for m in reversed(example.messages) if m.role == "user"), ""),
-            reference=data.renderer.reference(example),
+            reference=answering(data.renderer).reference(example),
             answers={name: texts[index] for name, texts in given.items()},
         )
         for index, example in enumerate(examples)
@@ -289,11 +324,12 @@ def _answers(run: _Run, examples: Sequence[Example], config: RunConfig) -> list[
     """What the run answers to each of `examples`; None where there is no room, or where the run cannot be opened."""
     answers: list[str | None] = [None] * len(examples)
     try:
-        model, tokenizer, renderer = open_model(run.folder)
+        model, tokenizer, any_renderer = open_model(run.folder)
+        renderer = answering(any_renderer)
     except LoricaError as error:
         run.notes.append(f"It does not answer. {error}")
         return answers
-    console.log(f"{run.name}: answers to {len(examples):,} rows")
+    console.log(f"Rows that {run.name} answers: {len(examples):,}")
     prompts = [renderer.prompt_ids(example) for example in examples]
     misfits = unanswerable(model, prompts, config.eval.max_new_tokens)
     fitting = sorted(set(range(len(prompts))) - set(misfits))
@@ -307,4 +343,7 @@ def _answers(run: _Run, examples: Sequence[Example], config: RunConfig) -> list[
     )
     for index, ids in zip(fitting, found, strict=True):
         answers[index] = str(tokenizer.decode(ids, skip_special_tokens=True))
+    del model
+    # Modules refer to each other in circles; the next run needs the memory.
+    gc.collect()
     return answers

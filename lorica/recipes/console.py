@@ -116,7 +116,7 @@ def human_bytes(num_bytes: float) -> str:
     """1536 -> "1.5 KiB"."""
     size = float(num_bytes)
     for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if abs(size) < 1024 or unit == "TiB":
+        if abs(size) < 1023.5 or unit == "TiB":
             break
         size /= 1024
     return f"{size:.0f} {unit}" if unit == "B" or abs(size) >= 100 else f"{size:.1f} {unit}"
@@ -124,7 +124,7 @@ def human_bytes(num_bytes: float) -> str:
 
 def human_seconds(seconds: float) -> str:
     """0.0123 -> "12 ms", 75 -> "1 min 15 s", 7260 -> "2 h 01 min"."""
-    if seconds < 1:
+    if seconds < 0.9995:
         return f"{seconds * 1000:.0f} ms"
     if seconds < 59.95:
         return f"{seconds:.1f} s"
@@ -145,12 +145,11 @@ def human_count(count: float) -> str:
     raise AssertionError(count)
 
 
-_UNITS = {"": 1, **{unit: 1024**n for n, unit in enumerate("kmgt", 1)}}
-
-
 def parse_bytes(text: str) -> int:
     """Bytes of "8GiB", "8 GB", "512M" or "1000000"; all prefixes are powers of 1024. ConfigError for anything else."""
-    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([kmgt]?)(?:i?b)?", text.strip().lower())
-    if match is None or float(match[1]) == 0:
-        raise ConfigError(f"{text!r} is no amount of memory; write it like 8GiB, 512MiB or a number of bytes")
-    return int(float(match[1]) * _UNITS[match[2]])
+    from lorica.config import num_bytes
+
+    try:
+        return num_bytes(text)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None

@@ -6,7 +6,7 @@ read with the defaults and the embedded base's tokenizer. Nothing is written.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,13 +17,17 @@ from lorica.recipes import console
 from lorica.strict_yaml import dump_value
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from lorica.data.check import CheckReport, Segment
-    from lorica.data.render import Prepared, Renderer
+    from lorica.data.render import Prepared
     from lorica.data.rows import Example
+    from lorica.recipes.tasks import AnyRenderer
 
 # Where there is no colour, these stand around what is learned.
 OPEN, CLOSE = "\N{MATHEMATICAL LEFT WHITE SQUARE BRACKET}", "\N{MATHEMATICAL RIGHT WHITE SQUARE BRACKET}"
 SHOWN_FAULTS = 20
+SHOWN_CLASSES = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,13 +42,14 @@ class DataCheck:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One row as the model gets it. A row that is left out has a `fault` and no segments."""
+    """One row as the model gets it. A row that is left out has a `fault` and no segments. label: its class."""
 
     origin: str
     num_tokens: int
     num_trained_tokens: int
     segments: list[Segment]
     fault: str | None
+    label: str | None = None
 
 
 def configuration(target: str, overrides: Sequence[str] = ()) -> RunConfig:
@@ -62,25 +67,30 @@ def check(target: str, overrides: Sequence[str] = ()) -> DataCheck:
     DataError if the rows cannot be read at all, or none is left.
     """
     from lorica.data.check import check as check_rows
-    from lorica.recipes.preparing import base_config, why_padded
+    from lorica.recipes.preparing import base_config, load_rows
+    from lorica.recipes.tasks import run_task
 
     config = configuration(target, overrides)
     data, base = config.data, base_config(config.model)
+    task, tokenizer = run_task(config, base), _tokenizer(config)
     # Rows that are too long are wanted in the report; where they are an error, they are refused below.
     lenient = "truncate" if data.too_long == "truncate" else "drop"
-    renderer = _renderer(config.model_copy(update={"data": data.model_copy(update={"too_long": lenient})}))
-    train = _read(config, renderer, data.train, data.split)
-    evaluation = _read(config, renderer, data.eval, data.eval_split) if isinstance(data.eval, str) else None
+    lenient_run = config.model_copy(update={"data": data.model_copy(update={"too_long": lenient})})
+    renderer = task.renderer(lenient_run, tokenizer, base, ())
+    train = load_rows(config, task, renderer, data.train, data.split, on_bad_row="drop")
+    evaluation = None
+    if isinstance(data.eval, str):
+        evaluation = load_rows(config, task, renderer, data.eval, data.eval_split, on_bad_row="drop")
     num_held_out, refusals = 0, [_refusal(config, prepared) for prepared in (train, evaluation) if prepared]
     if isinstance(data.eval, float):
         try:
             num_held_out = _held_out(config, train)
         except DataError as error:
             refusals.append(str(error))
-    padding = why_padded(config, base)
+    layout, padding = task.layout(config, base, tokenizer)
     if padding is not None:
         console.log(padding)
-    batch_tokens, padded = config.train.batch_tokens, padding is not None
+    batch_tokens, padded = config.train.batch_tokens, layout.padded
     result = DataCheck(
         "\n".join(refusal for refusal in refusals if refusal) or None,
         check_rows(train, evaluation, batch_tokens=batch_tokens, padded=padded),
@@ -98,36 +108,32 @@ def preview(target: str, overrides: Sequence[str] = (), *, rows: int = 3, first:
     """
     from lorica.data.sources import ROWS_TO_DETECT, load_examples
     from lorica.recipes.preparing import base_config
+    from lorica.recipes.tasks import run_task
 
     config = configuration(target, overrides)
-    base_config(config.model)
-    data = config.data
+    data, base = config.data, base_config(config.model)
+    task = run_task(config, base)
     # Unreadable rows count towards the limit, so a few more are read than shown.
     limit = first + rows + ROWS_TO_DETECT
-    loaded = load_examples(data.train, format=data.format, columns=data.columns, split=data.split, limit=limit)
+    format = task.row_format(config)
+    loaded = load_examples(data.train, format=format, columns=data.columns, split=data.split, limit=limit)
+    task.refuse_format(data.train, loaded.format)
     examples = loaded.examples[first : first + rows]
     if not examples:
         raise DataError(
             f"{data.train}: there is no row {first}; {len(loaded.examples)} of the first {loaded.num_rows} can be read."
         )
-    renderer = _renderer(config)
+    labels = sorted({example.label for example in loaded.examples if example.label is not None})
+    renderer = task.renderer(config, _tokenizer(config), base, labels)
     samples = [_sample(renderer, example) for example in examples]
     _print_samples(samples)
     return samples
 
 
-def _renderer(config: RunConfig) -> Renderer:
+def _tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
     from lorica.models.load import load_tokenizer
-    from lorica.recipes.preparing import make_renderer
 
-    return make_renderer(config, load_tokenizer(config.model.base, revision=config.model.revision))
-
-
-def _read(config: RunConfig, renderer: Renderer, source: str, split: str | None) -> Prepared:
-    from lorica.data.render import load_dataset
-
-    data = config.data
-    return load_dataset(source, renderer, format=data.format, columns=data.columns, split=split, on_bad_row="drop")
+    return load_tokenizer(config.model.base, revision=config.model.revision)
 
 
 def _refusal(config: RunConfig, prepared: Prepared) -> str | None:
@@ -172,6 +178,16 @@ def _print_check(config: RunConfig, result: DataCheck) -> None:
         out.print("\n".join(["`train` would refuse:", *reasons]))
 
 
+def _shares(counts: Mapping[str, int]) -> str | None:
+    """The classes and their shares, the most common first; None without classes."""
+    if not counts:
+        return None
+    total = sum(counts.values())
+    shown = [f"{label} {count / total:.1%}" for label, count in list(counts.items())[:SHOWN_CLASSES]]
+    more = f" and {len(counts) - SHOWN_CLASSES:,} more" if len(counts) > SHOWN_CLASSES else ""
+    return f"{len(counts):,}: {', '.join(shown)}{more}"
+
+
 def _print_report(source: str, report: CheckReport) -> None:
     columns = ", ".join(name if name == own else f"{name} = {own}" for name, own in report.columns.items())
     lengths = ", ".join(f"{name} {length:,}" for name, length in report.length_percentiles.items())
@@ -182,6 +198,7 @@ def _print_report(source: str, report: CheckReport) -> None:
         ("samples", f"{report.num_samples:,}"),
         ("rows left out", f"{len(report.faults):,}"),
         ("repeated samples", f"{report.num_duplicates:,}"),
+        ("classes", _shares(report.num_rows_by_label)),
         ("tokens", f"{report.num_tokens:,}, {report.num_trained_tokens:,} learned ({report.trained_share:.0%})"),
         ("tokens a sample", lengths),
         ("longest", ", ".join(f"{origin} ({length:,})" for origin, length in report.longest[:3])),
@@ -199,16 +216,21 @@ def _print_report(source: str, report: CheckReport) -> None:
         console.table("Repeated samples", ("row", "is the same as"), report.duplicates)
 
 
-def _sample(renderer: Renderer, example: Example) -> Sample:
+def _sample(renderer: AnyRenderer, example: Example) -> Sample:
     from lorica.data.check import preview as segments_of
     from lorica.data.rows import RowError
+    from lorica.data.tokenized import IGNORE
 
     (rendered,) = renderer.render_all([example])
     if isinstance(rendered, RowError):
         return Sample(example.origin, 0, 0, [], rendered.reason)
-    segments = segments_of(rendered, renderer.tokenizer)
+    ids, labels = rendered
+    if example.label is not None:
+        # The class is learned, and none of the tokens.
+        labels = labels * 0 + IGNORE
+    segments = segments_of((ids, labels), renderer.tokenizer)
     trained = sum(segment.num_tokens for segment in segments if segment.trained)
-    return Sample(example.origin, len(rendered[0]), trained, segments, None)
+    return Sample(example.origin, len(ids), trained, segments, None, example.label)
 
 
 def _print_samples(samples: Sequence[Sample]) -> None:
@@ -221,7 +243,8 @@ def _print_samples(samples: Sequence[Sample]) -> None:
     else:
         out.print(f"Learned: between {OPEN} and {CLOSE}")
     for sample in samples:
-        counts = f"{sample.num_tokens:,} tokens, {sample.num_trained_tokens:,} learned"
+        learned = f"{sample.num_trained_tokens:,}" if sample.label is None else f"its class, {sample.label},"
+        counts = f"{sample.num_tokens:,} tokens, {learned} learned"
         out.print(Text(f"\n{console.printable(sample.origin)}: {sample.fault or counts}", style="bold"))
         text = Text()
         for segment in sample.segments:

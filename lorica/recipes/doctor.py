@@ -1,7 +1,7 @@
 """`lorica doctor`: what this machine offers, what is missing, and what to do about it.
 
 Every line is looked up, not guessed: packages in the installation's metadata, CPU features from torch, memory under the
-container's limit, the C compiler by compiling. It gives up importing the packages (transformers alone takes seconds):
+container's limit, the compilers by compiling. It gives up importing the packages (transformers alone takes seconds):
 one that is installed and broken shows only when it is used.
 """
 
@@ -13,6 +13,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+import warnings
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -72,9 +73,12 @@ class Diagnosis:
 def doctor() -> Diagnosis:
     """Look at the machine and print what is there."""
     checks = [_python(), Check("lorica", "ok", __version__), *_packages()]
-    if not any(check.name == "torch" and check.status == "missing" for check in checks):
+    has_torch = not any(check.name == "torch" and check.status == "missing" for check in checks)
+    if has_torch:
         checks += [_cpu(), _gpu()]
     checks += [_memory(), _disk(), compiler()]
+    if has_torch:
+        checks.append(_pool())
     diagnosis = Diagnosis(not any(check.status == "missing" for check in checks), checks)
     # Plain lines, so that this works where rich is what is missing.
     for check in checks:
@@ -133,9 +137,10 @@ def _cpu() -> Check:
     }
     fast_bfloat16 = bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     found = [name for name, there in features.items() if there] or [torch.backends.cpu.get_cpu_capability()]
-    value = f"{', '.join(found)}; {torch.get_num_threads()} threads of {os.cpu_count()} CPUs"
-    advice = "" if fast_bfloat16 else "bfloat16 is emulated on this CPU: model.dtype=float32 is faster"
-    return Check("cpu", "ok" if fast_bfloat16 else "warn", value, advice)
+    value = f"{', '.join(found)}; torch uses {torch.get_num_threads()} of {os.cpu_count()} CPUs"
+    if not fast_bfloat16:
+        value += "; no bfloat16 arithmetic, so products of bfloat16 are computed in float32"
+    return Check("cpu", "ok", value)
 
 
 def _gpu() -> Check:
@@ -148,6 +153,19 @@ def _gpu() -> Check:
         properties = torch.cuda.get_device_properties(index)
         names.append(f"{properties.name} ({console.human_bytes(properties.total_memory)})")
     return Check("gpu", "ok", ", ".join(names))
+
+
+def _pool() -> Check:
+    """The C++ part, `kernels/pool.py`: built here, once a machine."""
+    from lorica.kernels.pool import has_pool
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        if has_pool():
+            return Check("memory pool", "ok", "built for this machine")
+    reason = str(caught[-1].message) if caught else "not on this system, or LORICA_KERNELS turns it off"
+    advice = "training runs without it, slower and with more memory"
+    return Check("memory pool", "warn", reason.splitlines()[0], advice)
 
 
 def _memory() -> Check:

@@ -13,11 +13,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lorica.config import RunConfig, load_config
-from lorica.data.render import Renderer, TokenizedDataset, load_dataset
+from lorica.data.layouts import Layout
+from lorica.data.render_labels import LabelRenderer
 from lorica.data.rows import Example
+from lorica.data.tokenized import IGNORE, TokenizedDataset
 from lorica.errors import ConfigError
 from lorica.evaluate.generation import check_prompts, unanswerable
 from lorica.evaluate.generation import generate as generate_ids
@@ -25,11 +28,13 @@ from lorica.evaluate.likelihood import likelihood, summarize
 from lorica.evaluate.text_metrics import score
 from lorica.files import write_json
 from lorica.interop.peft import load_adapter
+from lorica.methods.attach import in_front
 from lorica.models.loss import LossFunction, make_loss
 from lorica.recipes import console
+from lorica.recipes.classify import ClassificationReport, evaluate_classes
 from lorica.recipes.opening import Source, find_source
-from lorica.recipes.preparing import prepare, why_padded
-from lorica.recipes.train import evaluation_batches
+from lorica.recipes.preparing import load_rows, prepare
+from lorica.recipes.tasks import AnyRenderer, TextRenderer
 
 SHOWN_SAMPLES = 3
 SHOWN_UNANSWERED = 10
@@ -132,14 +137,14 @@ def evaluate(
     base: bool = True,
     max_samples: int | None = None,
     generate: bool | None = None,
-) -> EvaluationReport:
+) -> EvaluationReport | ClassificationReport:
     """Measure the adapter of `run`, print a table and a few answers, and write evaluation.json into the run folder.
 
     Args:
         overrides: `section.key=value`, on top of the run's config.yaml.
         data: rows to measure on instead of the run's: what `data.eval` takes as a path.
         split: `eval` or `train`: which of the run's own rows.
-        base: measure the base beside the adapter.
+        base: measure the base beside the adapter. (A classifier stands beside the most common class instead.)
         max_samples: most rows to answer; None: `eval.max_samples`.
         generate: answer rows at all; None: `eval.generate`.
 
@@ -153,15 +158,22 @@ def evaluate(
     wants_answers = config.eval.generate if generate is None else generate
     limit = (config.eval.max_samples if max_samples is None else max_samples) if wants_answers else 0
     name, dataset, examples, tokenizer, renderer = _load_rows(source, config, data, split)
+    model, task = source.load_base(), source.task()
+    layout, _ = task.layout(config, model.config, tokenizer)
+    if isinstance(renderer, LabelRenderer):
+        load_adapter(model, source.adapter)
+        train = prepare(config, renderer.labels).train
+        seen = train.labels[train.labels != IGNORE].astype(np.int64)
+        return evaluate_classes(folder, model, name, dataset, examples, seen, renderer.labels, layout, config)
     rows = _choose(dataset, examples, renderer, limit)
-
-    model = source.load_base()
     loss_fn = make_loss(model)
-    rows = _leave_unanswered(model, rows, config.eval.max_new_tokens)
+    # The adapter's own tokens take room that the base, which is asked here, does not know of.
+    virtual = config.method.num_virtual_ids + config.method.position_offset
+    rows = _leave_unanswered(model, rows, config.eval.max_new_tokens + virtual)
     console.log(f"{len(dataset):,} rows of {name}; answers to {len(rows.answered):,} of them")
-    before = _measure(model, loss_fn, tokenizer, renderer, rows, config) if base else None
+    before = _measure(model, loss_fn, tokenizer, renderer, rows, config, layout) if base else None
     load_adapter(model, source.adapter).eval()
-    after = _measure(model, loss_fn, tokenizer, renderer, rows, config)
+    after = _measure(model, loss_fn, tokenizer, renderer, rows, config, layout)
 
     report = EvaluationReport(
         run=str(folder),
@@ -212,7 +224,7 @@ def _open_run(run: Path | str, overrides: Sequence[str]) -> tuple[Path, Source]:
 
 def _load_rows(
     source: Source, config: RunConfig, data: str | None, split: str
-) -> tuple[str, TokenizedDataset, list[Example], PreTrainedTokenizerBase, Renderer]:
+) -> tuple[str, TokenizedDataset, list[Example], PreTrainedTokenizerBase, AnyRenderer]:
     """Name of the data, samples, their rows, tokenizer, renderer. Training rows are read only where they are needed."""
     if split not in ("eval", "train"):
         raise ConfigError(f"split is {split!r}; expected eval or train.")
@@ -222,23 +234,17 @@ def _load_rows(
     if data is not None or (split == "eval" and isinstance(own, str)):
         path = data or str(own)
         tokenizer, renderer = source.open_tokenizer()
-        loaded = load_dataset(
-            path,
-            renderer,
-            format=config.data.format,
-            columns=config.data.columns,
-            split=config.data.eval_split if data is None else None,
-            on_bad_row=config.data.on_bad_row,
-        )
+        hub_split = config.data.eval_split if data is None else None
+        loaded = load_rows(config, source.task(), renderer, path, hub_split)
         return path, loaded.dataset, loaded.examples, tokenizer, renderer
-    run = prepare(config)
+    run = prepare(config, source.labels)
     if split == "train":
         return config.data.train, run.train, run.train_examples, run.tokenizer, run.renderer
     assert run.eval is not None
     return f"{own} of {config.data.train}", run.eval, run.eval_examples, run.tokenizer, run.renderer
 
 
-def _choose(dataset: TokenizedDataset, examples: list[Example], renderer: Renderer, limit: int) -> _Rows:
+def _choose(dataset: TokenizedDataset, examples: list[Example], renderer: TextRenderer, limit: int) -> _Rows:
     """The rows by task, and the conversations among them that are answered."""
     groups: dict[str | None, list[int]] = {}
     for index, example in enumerate(examples):
@@ -277,17 +283,16 @@ def _measure(
     model: PreTrainedModel,
     loss_fn: LossFunction,
     tokenizer: PreTrainedTokenizerBase,
-    renderer: Renderer,
+    renderer: TextRenderer,
     rows: _Rows,
     config: RunConfig,
+    layout: Layout,
 ) -> _Measured:
-    padded = why_padded(config, model.config) is not None
-    pad_id = tokenizer.pad_token_id if isinstance(tokenizer.pad_token_id, int) else 0
     budget = config.train.micro_batch_tokens or config.train.batch_tokens
 
     def total(indices: list[int]) -> tuple[float, int]:
-        part = rows.dataset.subset(indices)
-        result = likelihood(model, loss_fn, evaluation_batches(part, budget, padded, pad_id))
+        part = rows.dataset.subset(indices).behind(*in_front(model))
+        result = likelihood(model, loss_fn, layout.batches(part, np.arange(len(part)), budget))
         return result.loss * result.num_tokens, result.num_tokens
 
     totals: dict[str | None, tuple[float, int]] = {

@@ -12,17 +12,23 @@ from typing import Any
 import torch
 
 from lorica.config import RunConfig
+from lorica.methods.full import FullFineTuning
+from lorica.quant.loading import is_quantized
 from lorica.recipes import console
 from lorica.recipes.rehearsing import Setting, micro_batch_tokens, rehearse_run, run_dtype
 from lorica.training.rehearsal import Rehearsal
 
 _SHORTEST_LENGTH = 128
 _SMALLEST_RANK = 4
+# What paging is worth its trouble for, and enough for pages of 1M elements.
+_PAGED_BYTES = 64 << 20
 
 # What each change costs is what orders them; the text stands beside the override.
 _SAME_RESULT = "same result, about the same speed"
 _SLOWER = "same result, about a third slower"
+_PAGED = "same result, slower by the time to move AdamW's moments"
 _COARSER = "coarser arithmetic"
+_COARSER_BASE = "the frozen weights in 4 bits"
 _FEWER_ROWS = "longer samples are dropped or cut"
 _WEAKER = "a smaller adapter"
 
@@ -98,9 +104,13 @@ def _micro_batches(config: RunConfig, changes: Mapping[str, Any]) -> list[dict[s
 
 
 def _harmful(config: RunConfig, setting: Setting) -> Iterator[tuple[str, Any, str]]:
-    """Changes that alter the result, the mildest first, each on top of those before it."""
+    """Changes that cost much time or alter the result, the mildest first, each on top of those before it."""
+    if config.train.optimizer_memory is None and rehearse_run(config, setting).optimizer > 2 * _PAGED_BYTES:
+        yield "train.optimizer_memory", _PAGED_BYTES, _PAGED
     if run_dtype(config, setting) == torch.float32:
         yield "model.dtype", "bfloat16", _COARSER
+    if config.model.quant is None and not is_quantized(setting.base) and not isinstance(config.method, FullFineTuning):
+        yield "model.quant", "nf4", _COARSER_BASE
     length = config.data.max_length // 2
     while length >= _SHORTEST_LENGTH:
         yield "data.max_length", length, _FEWER_ROWS

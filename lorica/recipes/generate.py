@@ -16,14 +16,16 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lorica.data.readers import READERS
-from lorica.data.render import Renderer
 from lorica.data.rows import Message, RowError, RowFault, list_faults
 from lorica.data.turns import parse_turns, text_of
 from lorica.errors import ConfigError, DataError
-from lorica.evaluate.generation import check_prompts, context_length, stream
+from lorica.evaluate.generation import answer_room, check_prompts, context_length, stream
 from lorica.evaluate.generation import generate as generate_ids
+from lorica.models.tasks import CLASSIFICATION
 from lorica.recipes import console
-from lorica.recipes.opening import open_model
+from lorica.recipes.classify import Prediction, predict, read_texts, text_example
+from lorica.recipes.opening import Source, find_source, open_model
+from lorica.recipes.tasks import TextRenderer, answering
 
 BATCH_SIZE = 16
 MAX_NEW_TOKENS = 256
@@ -51,7 +53,7 @@ def generate(
     top_p: float = 1.0,
     seed: int = 0,
     base_only: bool = False,
-) -> list[Answer]:
+) -> list[Answer] | list[Prediction]:
     """Answer prompts, print the answers on stdout and return them.
 
     Args:
@@ -68,8 +70,12 @@ def generate(
         DataError: prompts that cannot be read, or leave no room for an answer (for one of `max_new_tokens`, where that
             is given); all of them are listed.
     """
+    source = find_source(run_or_base, overrides)
+    if source.task().task is CLASSIFICATION:
+        return _classify(source, prompt, input)
     conversations = _read_prompts(prompt, input)
-    model, tokenizer, renderer = open_model(run_or_base, overrides, base_only=base_only)
+    model, tokenizer, any_renderer = open_model(run_or_base, overrides, base_only=base_only)
+    renderer = answering(any_renderer)
     prompts, names = _render(conversations, renderer), [origin for origin, _ in conversations]
     check_prompts(model, prompts, 1 if max_new_tokens is None else max_new_tokens, names)
     rooms = [_room(model, prompt, max_new_tokens) for prompt in prompts]
@@ -114,7 +120,8 @@ def chat(
     Returns:
         Every answer of the session that was not cut short.
     """
-    model, tokenizer, renderer = open_model(run_or_base, overrides, base_only=base_only)
+    model, tokenizer, any_renderer = open_model(run_or_base, overrides, base_only=base_only)
+    renderer = answering(any_renderer)
     console.log("Type a message. /reset forgets the conversation, /exit or Ctrl-D leaves, Ctrl-C cuts an answer short.")
     history: Conversation = []
     answers: list[Answer] = []
@@ -145,6 +152,14 @@ def chat(
     return answers
 
 
+def _classify(source: Source, prompt: str | None, input: str | Path | None) -> list[Prediction]:
+    """What a classifier says of the prompt, or of every row of a file."""
+    if prompt is None and input is not None:
+        return predict(source, read_texts(input, source.run.data.columns), as_lines=True)
+    (origin, conversation), *_ = _read_prompts(prompt, input)
+    return predict(source, [text_example(conversation[-1].content, origin)], as_lines=False)
+
+
 def _ask() -> str | None:
     """The next line, stripped, or None to leave."""
     with contextlib.suppress(ImportError):
@@ -159,10 +174,9 @@ def _ask() -> str | None:
 
 def _room(model: PreTrainedModel, prompt: Sequence[int], max_new_tokens: int | None) -> int:
     """Most tokens of the answer to `prompt`: what was asked for, or else what is usual and fits."""
-    limit = context_length(model)
     if max_new_tokens is not None:
         return max_new_tokens
-    return MAX_NEW_TOKENS if limit is None else min(MAX_NEW_TOKENS, limit - len(prompt))
+    return int(min(MAX_NEW_TOKENS, answer_room(model, prompt, context_length(model))))
 
 
 def _answer_all(
@@ -184,7 +198,7 @@ def _answer_all(
 
 
 def _fit(
-    turns: Conversation, model: PreTrainedModel, renderer: Renderer, max_new_tokens: int | None
+    turns: Conversation, model: PreTrainedModel, renderer: TextRenderer, max_new_tokens: int | None
 ) -> tuple[Conversation, list[int] | None]:
     """The newest turns that leave room for an answer, and their ids; None where not even the last one does."""
     limit = context_length(model)
@@ -193,7 +207,7 @@ def _fit(
     while True:
         prompt = _render([("this conversation", turns)], renderer)[0]
         # Turns are forgotten for an answer of full length; for the last one's sake the answer may be shorter.
-        if limit is None or len(prompt) + (wanted if len(turns) > 1 else least) <= limit:
+        if answer_room(model, prompt, limit) >= (wanted if len(turns) > 1 else least):
             break
         if len(turns) == 1:
             console.log(
@@ -226,7 +240,7 @@ def _show_stream(
     return text
 
 
-def _render(conversations: Sequence[tuple[str, Conversation]], renderer: Renderer) -> list[list[int]]:
+def _render(conversations: Sequence[tuple[str, Conversation]], renderer: TextRenderer) -> list[list[int]]:
     prompts: list[list[int]] = []
     faults: list[RowFault] = []
     for origin, conversation in conversations:

@@ -7,7 +7,6 @@ file is where a first run starts, and `lorica config show` lists every other key
 
 from __future__ import annotations
 
-import contextlib
 import math
 import shlex
 from collections.abc import Sequence
@@ -15,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lorica.config import load_config
+from lorica.config import DataConfig, ModelConfig, RunConfig, TrainConfig, load_config
 from lorica.config import sections as config_sections
 from lorica.errors import ConfigError
 from lorica.recipes import console
@@ -43,6 +42,7 @@ class Rows:
     """What is known of the rows, of which at most `ROWS_LOOKED_AT` are read.
 
     `lengths` are their tokens, empty if they were not measured; `context` is the most the base takes, if it says so.
+    `task` is what `model.task` has to be.
     """
 
     format: str
@@ -50,6 +50,7 @@ class Rows:
     num_faults: int
     lengths: tuple[int, ...]
     context: int | None
+    task: str = "auto"
 
     @property
     def num_too_long(self) -> int:
@@ -100,26 +101,33 @@ def _look(data: str, base: str) -> Rows:
     from lorica.data.sources import load_examples
 
     loaded = load_examples(data, limit=ROWS_LOOKED_AT)
-    is_local = base == "embedded" or Path(base).is_dir()
-    lengths, context = _lengths(loaded.examples, base) if is_local else ((), None)
-    return Rows(loaded.format, loaded.num_rows, len(loaded.faults), lengths, context)
+    task = "classification" if loaded.format == "classification" else "auto"
+    lengths: tuple[int, ...] = ()
+    context = None
+    if base == "embedded" or Path(base).is_dir():
+        task, lengths, context = _measure(loaded.examples, base, task)
+    return Rows(loaded.format, loaded.num_rows, len(loaded.faults), lengths, context, task)
 
 
-def _lengths(examples: Sequence[Example], base: str) -> tuple[tuple[int, ...], int | None]:
-    """Tokens of the rows by the base's tokenizer and template, and the most that the base takes."""
-    from lorica.data.render import Renderer
+def _measure(examples: Sequence[Example], base: str, wanted: str) -> tuple[str, tuple[int, ...], int | None]:
+    """The task by its name, tokens of the rows as it renders them, and the most that the base takes."""
     from lorica.data.rows import RowError
+    from lorica.models.load import context_length, load_tokenizer
     from lorica.models.load import load_config as load_model_config
-    from lorica.models.load import load_tokenizer
+    from lorica.recipes.tasks import run_task
 
-    renderer = Renderer(load_tokenizer(base), loss_on="response", max_length=_UNLIMITED)
-    positions = load_model_config(base).to_dict().get("max_position_embeddings")
-    lengths = []
-    for example in examples:
-        # `data check` names the rows that cannot be rendered; here they only do not count.
-        with contextlib.suppress(RowError):
-            lengths.append(len(renderer.render(example).input_ids))
-    return tuple(lengths), positions if isinstance(positions, int) else None
+    run = RunConfig(
+        model=ModelConfig.model_validate({"base": base, "task": wanted}),
+        data=DataConfig(train="none", max_length=_UNLIMITED),
+        train=TrainConfig(batch_tokens=_UNLIMITED),
+    )
+    config = load_model_config(base)
+    task = run_task(run, config)
+    renderer = task.renderer(run, load_tokenizer(base), config, sorted({e.label for e in examples if e.label}))
+    # `data check` names the rows that cannot be rendered; here they only do not count.
+    lengths = [len(sample[0]) for sample in renderer.render_all(examples) if not isinstance(sample, RowError)]
+    is_auto = run_task(run.model_copy(update={"model": ModelConfig(base=base)}), config) is task
+    return "auto" if is_auto else task.task.name, tuple(lengths), context_length(config)
 
 
 def render(data: str, base: str, output: Path, rows: Rows | None) -> str:
@@ -141,13 +149,13 @@ def render(data: str, base: str, output: Path, rows: Rows | None) -> str:
     fraction, evaluation_reason = _evaluation(rows)
     few = rows is not None and rows.num_rows < ROWS_LOOKED_AT
     sections: dict[str, list[tuple[str, object, str]]] = {
-        "model": [("base", base, "")],
+        "model": [("base", base, ""), ("task", rows.task if rows else "auto", "")],
         "method": [("name", "lora", ""), ("rank", 16, ""), ("alpha", 32, ""), ("targets", "all-linear", "")],
         "data": [
             ("train", data, "" if rows else "put your rows here"),
             ("eval", fraction, evaluation_reason),
             ("format", rows.format if rows else "auto", ""),
-            ("loss_on", "response", ""),
+            *([] if rows and rows.format == "classification" else [("loss_on", "response", "")]),
             ("max_length", max_length, length_reason),
         ],
         "train": [

@@ -11,20 +11,24 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
 from lorica.config import RunConfig
 from lorica.errors import LoricaError
 from lorica.kernels.pool import install_pool
-from lorica.methods.attach import adapt, trainable_parameters
-from lorica.models.load import EMBEDDED, load_model, pick_device
+from lorica.methods.attach import adapters, attach, trainable_parameters, with_whole
+from lorica.models.load import EMBEDDED, load_model, load_with_head, pick_device
 from lorica.models.loss import make_loss
-from lorica.recipes.rehearsing import Setting, batch_lengths, num_micro_batches
+from lorica.models.tasks import CLASSIFICATION, TASKS
+from lorica.recipes.rehearsing import Setting, batch_lengths, num_micro_batches, num_restarts
 from lorica.training.metrics import peak_memory_bytes
 from lorica.training.optim import clip_gradients, make_optimizer
+from lorica.training.paged import Tiers
 from lorica.training.rehearsal import Rehearsal, example_batch
 
 _NUM_STEPS = 3
@@ -50,6 +54,9 @@ def measure_run(config: RunConfig, setting: Setting, rehearsal: Rehearsal) -> Me
         "config": config.model_dump_json(),
         "lengths": batch_lengths(config, setting),
         "trained_fraction": setting.trained_fraction,
+        "task": setting.task.name,
+        "labels": list(setting.base.id2label.values()) if setting.task is CLASSIFICATION else [],
+        "num_restarts": num_restarts(config, setting),
         "padded": setting.padded,
     }
     child = subprocess.run(
@@ -87,7 +94,7 @@ def measure_steps(text: str) -> None:
     config = RunConfig.model_validate_json(order["config"])
     if config.train.threads is not None:
         torch.set_num_threads(config.train.threads)
-    load_model(EMBEDDED, dtype=config.model.dtype, device=config.model.device)
+    load_model(EMBEDDED, dtype=config.model.dtype, device=config.model.device, quant=config.model.quant)
     gc.collect()
     # Now, or this run would find the memory of the load before it.
     install_pool()
@@ -95,11 +102,20 @@ def measure_steps(text: str) -> None:
     device = pick_device(config.model.device)
     before = peak_memory_bytes(device)
 
-    model = load_model(
-        config.model.base, dtype=config.model.dtype, device=config.model.device, revision=config.model.revision
+    model, head = load_with_head(
+        config.model.base,
+        dtype=config.model.dtype,
+        device=config.model.device,
+        revision=config.model.revision,
+        task=order["task"],
+        labels=order["labels"],
+        quant=config.model.quant,
+        double_quant=config.model.double_quant,
     )
     loss_fn = make_loss(model)
-    adapt(model, config.method)
+    attach(model, with_whole(config.method, head))
+    for adapter in list(adapters(model).values()) * order["num_restarts"]:
+        adapter.restart()
     if config.train.activation_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     trained = trainable_parameters(model.train())
@@ -109,8 +125,15 @@ def measure_steps(text: str) -> None:
         betas=(config.train.beta1, config.train.beta2),
         epsilon=config.train.epsilon,
         weight_decay=config.train.weight_decay,
+        bits=config.train.optimizer_bits,
+        tiers=Tiers(config.train.optimizer_memory, 0, Path(tempfile.gettempdir())),
     )
-    batch = example_batch(order["lengths"], trained_fraction=order["trained_fraction"], padded=order["padded"])
+    batch = example_batch(
+        order["lengths"],
+        trained_fraction=order["trained_fraction"],
+        padded=order["padded"],
+        task=TASKS[order["task"]],
+    )
     batch = replace(batch, input_ids=torch.randint_like(batch.input_ids, model.config.get_text_config().vocab_size))
     # A second micro batch finds the gradients of the first; further ones change nothing.
     repeats = min(2, num_micro_batches(config))

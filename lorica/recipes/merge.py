@@ -19,10 +19,12 @@ from lorica.errors import AdapterError, ConfigError
 from lorica.files import whole_folder
 from lorica.methods.attach import adapters, detach
 from lorica.methods.attach import merge as merge_adapters
-from lorica.methods.lora import LoraEmbedding
+from lorica.methods.lora_kinds import LoraEmbedding
+from lorica.methods.requantize import Drift, merge_requantized
+from lorica.methods.tokens import TokenEmbedding
 from lorica.models.load import load_model
 from lorica.recipes import console
-from lorica.recipes.opening import open_model
+from lorica.recipes.opening import find_source, open_model
 from lorica.recipes.proof import Agreement, agreement, check_read_back, logits_of
 
 WORTH_A_WARNING = 0.9
@@ -30,50 +32,66 @@ WORTH_A_WARNING = 0.9
 
 @dataclass(frozen=True)
 class MergeResult:
-    """A merged folder, and how it agrees with the adapted model that it came from."""
+    """A merged folder, and how it agrees with the adapted model that it came from.
+
+    drift: what quantising the merged weights again did, where that was asked for.
+    """
 
     output: str
     agreement: Agreement
+    drift: Drift | None = None
 
 
 def merge(run: str | Path, output: str | Path, overrides: Sequence[str] = ()) -> MergeResult:
     """Merge the adapter of `run` (a run folder or an adapter folder) into a new folder `output`.
+
+    What was trained over quantised weights is merged into those that they were made of. With the override
+    `model.quant=nf4` it is merged into quantised ones, which loses much of it; how much is measured and said.
 
     Args:
         overrides: `section.key=value`, on top of the run's config.yaml; of the section `model` where there is none.
 
     Raises:
         ConfigError: `run` has no adapter, or `output` exists and is not empty, or cannot be created.
-        NotMergeableError: the method's adapters are no fixed change of weights.
+        NotMergeableError: the method's adapters are no fixed change of weights, or the base is there quantised alone.
         AdapterError: the merged folder, read back, does not agree with the adapted model within its dtype's rounding.
     """
     output = Path(output)
     check_free(output)
+    overrides = ["model.quant=null", *overrides]
+    requantizes = find_source(run, overrides).model.quant is not None
     model, tokenizer, renderer = open_model(run, overrides)
     if not adapters(model):
         raise ConfigError(f"{run} has no adapter to merge. Give a run folder or an adapter folder.")
-    proof = write_merged(model, tokenizer, renderer.template, output)
+    proof, drift = write_merged(model, tokenizer, renderer.template, output, requantizes)
     console.log(
         f"Merged into {output}. Read back, its logits differ from the adapted model's by at most "
         f"{proof.max_difference:.3g} (largest logit {proof.largest_logit:.3g}); KL {proof.kl:.2g} nats a token, "
         f"same first choice at {proof.top1:.1%} of {proof.num_tokens} positions."
     )
-    if proof.kept < WORTH_A_WARNING:
+    if drift is not None:
+        console.log(
+            f"Warning: quantised again, the weights (|w| {drift.weight:.2g} on average) moved by {drift.error:.2g}; "
+            f"the adapter moves them by {drift.change:.2g}. Without model.quant=nf4 they are merged into the original."
+        )
+    elif proof.kept < WORTH_A_WARNING:
         console.log(
             f"Warning: rounded to the base's dtype, the merged weights keep {proof.kept:.0%} of what the adapter "
             "changes. Remove it and merge again with model.dtype=float32, or use the adapter unmerged."
         )
-    return MergeResult(str(output), proof)
+    return MergeResult(str(output), proof, drift)
 
 
-def write_merged(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, template: str, output: Path) -> Agreement:
+def write_merged(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, template: str | None, output: Path, requantizes: bool
+) -> tuple[Agreement, Drift | None]:
     """Write the merged model and its tokenizer to `output`, whole or not at all; see `merge` for the proof.
 
     `model` is the bare base afterwards.
     """
     ids = probe_ids(model)
     adapted = logits_of(model, ids)
-    plain = merge_adapters(model)
+    plain, drift = merge_requantized(model) if requantizes else (merge_adapters(model), None)
     merged, base = logits_of(plain, ids), logits_of(detach(model), ids)
     tokenizer.chat_template = template
     with whole_folder(output) as folder:
@@ -85,13 +103,13 @@ def write_merged(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tem
         again = load_model(folder, dtype=dtype, device=model.device)
         check_read_back(merged, logits_of(again, ids), model.device, "Not merged")
         proof = agreement(adapted, merged, base, dtype)
-        if not proof.holds:
+        if drift is None and not proof.holds:
             raise AdapterError(
                 f"Not merged: a logit differs by {proof.max_difference:.3g} from the adapted model's (largest logit "
                 f"{proof.largest_logit:.3g}; {proof.tolerance * proof.largest_logit:.3g} is allowed), and "
                 f"{proof.kept:.0%} of what the adapter changes is kept. With model.dtype=float32 less is rounded away."
             )
-    return proof
+    return proof, drift
 
 
 def probe_ids(model: PreTrainedModel, rows: int = 4, length: int = 32) -> torch.Tensor:
@@ -104,6 +122,9 @@ def probe_ids(model: PreTrainedModel, rows: int = 4, length: int = 32) -> torch.
         changed = embedding.lora_a.detach().abs().amax(0)
         most = changed.topk(min(rows * length // 2, len(changed))).indices
         ids[: len(most)] = most.cpu()
+    elif isinstance(embedding, TokenEmbedding):
+        trained = embedding.token_ids[: rows * length // 2]
+        ids[: len(trained)] = trained.cpu()
     return ids.view(rows, length)
 
 

@@ -17,42 +17,66 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lorica.config import ModelConfig, RunConfig, load_config
-from lorica.data.render import Renderer
+from lorica.config import DataConfig, ModelConfig, RunConfig, load_config
 from lorica.errors import AdapterError, ConfigError
 from lorica.files import read_json_object
-from lorica.interop.peft import CONFIG as ADAPTER_CONFIG
-from lorica.interop.peft import WEIGHTS as ADAPTER_WEIGHTS
+from lorica.interop.folder import CONFIG as ADAPTER_CONFIG
+from lorica.interop.folder import WEIGHTS as ADAPTER_WEIGHTS
+from lorica.interop.folder import read_labels
 from lorica.interop.peft import load_adapter
+from lorica.models.load import load_config as load_base_config
 from lorica.models.load import load_model, load_tokenizer
-from lorica.recipes.preparing import announce_hub, base_config, make_renderer
+from lorica.models.tasks import TASKS, own_labels
+from lorica.recipes.preparing import announce_hub, base_config
+from lorica.recipes.tasks import AnyRenderer, RunTask, run_task
 from lorica.strict_yaml import dump_value
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A model that can be opened. adapter: None for a plain model. config: of the run that it belongs to, if any."""
+    """A model that can be opened. adapter: None for a plain model. config: of the run that it belongs to, if any.
+
+    labels: a classifier's classes by id, where its adapter says them.
+    """
 
     model: ModelConfig
     adapter: Path | None
     config: RunConfig | None
+    labels: tuple[str, ...] = ()
+
+    @property
+    def run(self) -> RunConfig:
+        """The run that it belongs to, or one of defaults."""
+        return self.config or RunConfig(model=self.model, data=DataConfig(train="none"))
+
+    def task(self) -> RunTask:
+        """What it is trained to do."""
+        return run_task(self.run, load_base_config(self.model.base, revision=self.model.revision))
 
     def load_base(self) -> PreTrainedModel:
         """The base without the adapter, frozen."""
         model = self.model
-        return load_model(model.base, dtype=model.dtype, device=model.device, revision=model.revision).requires_grad_(
-            False
-        )
+        return load_model(
+            model.base,
+            dtype=model.dtype,
+            device=model.device,
+            revision=model.revision,
+            task=model.task,
+            labels=self.labels,
+            quant=model.quant,
+            double_quant=model.double_quant,
+        ).requires_grad_(False)
 
-    def open_tokenizer(self) -> tuple[PreTrainedTokenizerBase, Renderer]:
+    def open_tokenizer(self) -> tuple[PreTrainedTokenizerBase, AnyRenderer]:
         """The base's tokenizer, and the renderer that the run trained with (the default one without a run)."""
         tokenizer = load_tokenizer(self.model.base, revision=self.model.revision)
-        return tokenizer, Renderer(tokenizer) if self.config is None else make_renderer(self.config, tokenizer)
+        base = load_base_config(self.model.base, revision=self.model.revision)
+        return tokenizer, run_task(self.run, base).renderer(self.run, tokenizer, base, self.labels or own_labels(base))
 
 
 def open_model(
     run_or_base: str | Path, overrides: Sequence[str] = (), *, base_only: bool = False
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Renderer]:
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, AnyRenderer]:
     """The model that `run_or_base` stands for, in evaluation mode, with its tokenizer and renderer.
 
     Args:
@@ -99,7 +123,7 @@ def find_source(run_or_base: str | Path, overrides: Sequence[str] = ()) -> Sourc
                 f"{fault} `lorica train {path} --resume auto` writes it again from the run's checkpoints."
             )
         base_config(config.model)
-        return Source(config.model, path / "adapter", config)
+        return Source(config.model, path / "adapter", config, read_labels(path / "adapter"))
     if (path / ADAPTER_CONFIG).is_file():
         # A run's own folder knows its base better than the adapter inside it: dtype, revision, template.
         if path.name == "adapter" and _is_run(path.parent):
@@ -108,7 +132,7 @@ def find_source(run_or_base: str | Path, overrides: Sequence[str] = ()) -> Sourc
             raise AdapterError(f"{fault} Copy the folder again from where it was made.")
         model = _without_run(path, [*_named_base(path, overrides), *overrides])
         base_config(model)
-        return Source(model, path, None)
+        return Source(model, path, None, read_labels(path))
     _refuse_misspelt(path)
     model = _without_run(path, [f"model.base={dump_value(str(run_or_base))}", *overrides])
     announce_hub(model.base)
@@ -157,7 +181,12 @@ def _named_base(folder: Path, overrides: Sequence[str]) -> list[str]:
         config = read_json_object(folder / ADAPTER_CONFIG)
     except (OSError, ValueError) as error:
         raise AdapterError(str(error)) from None
-    said = {"model.base": config.get("base_model_name_or_path"), "model.revision": config.get("revision")}
+    tasks = {task.peft_name: task.name for task in TASKS.values()}
+    said = {
+        "model.base": config.get("base_model_name_or_path"),
+        "model.revision": config.get("revision"),
+        "model.task": tasks.get(str(config.get("task_type"))),
+    }
     named = [f"{key}={dump_value(value)}" for key, value in said.items() if isinstance(value, str) and value]
     if not any(assignment.startswith("model.base=") for assignment in (*named, *overrides)):
         raise AdapterError(

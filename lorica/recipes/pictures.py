@@ -1,7 +1,12 @@
-"""The pictures of several runs at once: what a sweep found, and the curves of runs side by side."""
+"""The pictures of several runs at once: what a sweep found, and the curves of runs side by side.
+
+Names and values are texts of others, so they are drawn as they are: no TeX between dollars, and a legend made of
+handles, since matplotlib leaves out labels that begin with an underscore.
+"""
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,10 +25,14 @@ if TYPE_CHECKING:
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000", "#7f7f7f")
 _STYLES = ("-", "--", ":", "-.")
 _MAX_NAME = 40
+_FITTING_TEXT = 36  # characters under a panel
 
 
 def draw_sweep(results: Sequence[ArmResult], file: Path) -> None:
-    """Evaluation loss against each swept key, a panel a key; with two keys, a line for each value of the other."""
+    """Evaluation loss against each swept key, a panel a key; with two keys, a colour for each value of the other.
+
+    Lines join arms that were trained equally far, solid to the end: other losses cannot be compared.
+    """
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
@@ -58,18 +67,19 @@ def _draw_key(
     panel: Axes, results: Sequence[ArmResult], key: str, others: Sequence[str], names: Mapping[str, str]
 ) -> None:
     """One panel: a point an arm, filled where it was trained to the end, a cross at the top where it failed."""
-    from matplotlib.ticker import LogLocator
+    from matplotlib.lines import Line2D
 
     place = _scale(panel, [result.values[key] for result in results])
     groups: dict[str, list[ArmResult]] = {}
     for result in sorted(results, key=lambda result: place(result.values[key])):
         label = ", ".join(f"{names[other]} = {dump_value(result.values[other])}" for other in others)
         groups.setdefault(label, []).append(result)
-    for index, label in enumerate(sorted(groups, key=_natural)):
-        colour = _COLOURS[index % len(_COLOURS)]
-        if others:
-            points = [(place(r.values[key]), r.eval_loss) for r in groups[label] if r.eval_loss is not None]
-            panel.plot([x for x, _ in points], [y for _, y in points], color=colour, alpha=0.6, label=label)
+    colours = {label: _COLOURS[i % len(_COLOURS)] for i, label in enumerate(sorted(groups, key=_natural))}
+    for label, colour in colours.items():
+        known = [(result, result.eval_loss) for result in groups[label] if result.eval_loss is not None]
+        for reached in {_reached(result) for result, _ in known} if others else ():
+            points = [(place(result.values[key]), loss) for result, loss in known if _reached(result) == reached]
+            panel.plot(*zip(*points, strict=True), linestyle=":" if reached else "-", color=colour, alpha=0.6)
         for result in groups[label]:
             at = place(result.values[key])
             if result.eval_loss is None:
@@ -80,40 +90,71 @@ def _draw_key(
     best = results[0]
     if best.status == "finished" and best.eval_loss is not None:
         panel.plot(place(best.values[key]), best.eval_loss, "*", color="#b91c1c", markersize=12, zorder=5)
-    losses = [result.eval_loss for result in results if result.eval_loss is not None]
-    if losses and max(losses) > 4 * min(losses) > 0:
+    _scale_losses(panel, [result.eval_loss for result in results if result.eval_loss is not None], 4)
+    panel.margins(y=0.12)
+    panel.set_xlabel(_short(key))
+    if others:
+        handles = [Line2D([], [], color=colour) for colour in colours.values()]
+        panel.legend(handles, [_short(label) for label in colours], edgecolor="none", fontsize="small")
+    _tidy(panel)
+
+
+def _reached(result: ArmResult) -> int:
+    """The step where an arm was stopped; 0 for one that came to its end, wherever that is."""
+    return 0 if result.status == "finished" else result.step
+
+
+def _scale_losses(panel: Axes, losses: Sequence[float], ratio: float) -> None:
+    """A logarithmic y axis, with readable ticks, where the losses span more than `ratio`."""
+    from matplotlib.ticker import LogLocator
+
+    if losses and max(losses) > ratio * min(losses) > 0:
         panel.set_yscale("log")
         panel.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
         panel.yaxis.set_major_formatter("{x:g}")
         panel.yaxis.set_minor_formatter("{x:g}")
-    panel.margins(y=0.12)
-    panel.set_xlabel(key)
-    if others:
-        panel.legend(frameon=False, fontsize="small")
-    _tidy(panel)
 
 
 def _scale(panel: Axes, values: Sequence[Any]) -> Any:
-    """Set up the x axis, with a tick at each value, logarithmic where they span a factor; what places a value on it."""
+    """Set up the x axis, with a tick at each value; what places a value on it.
+
+    Numbers stand where they belong, logarithmically where they span a factor; evenly, as texts do, where two would be
+    too near each other to be read.
+    """
     distinct = {dump_value(value): value for value in values}
     labels = sorted(distinct, key=_natural)
     numbers = [distinct[label] for label in labels]
     numeric = all(isinstance(number, int | float) and not isinstance(number, bool) for number in numbers)
-    if numeric and min(numbers) > 0 and max(numbers) >= 4 * min(numbers):
-        panel.set_xscale("log")
-    where = dict(zip(labels, numbers if numeric else range(len(labels)), strict=True))
-    panel.set_xticks(list(where.values()), [_short(label) for label in labels], rotation=0 if numeric else 20)
+    logarithmic = numeric and min(numbers) > 0 and max(numbers) >= 4 * min(numbers)
+    if numeric and _are_apart([math.log(number) for number in numbers] if logarithmic else numbers):
+        panel.set_xscale("log" if logarithmic else "linear")
+    else:
+        numbers = list(range(len(labels)))
+    where = dict(zip(labels, numbers, strict=True))
+    panel.set_xticks(numbers, [_short(label) for label in labels])
     panel.xaxis.minorticks_off()
+    if sum(len(_short(label)) + 1 for label in labels) > _FITTING_TEXT:
+        panel.tick_params("x", rotation=25)
+        for tick in panel.get_xticklabels():
+            tick.set(horizontalalignment="right", rotation_mode="anchor")
     return lambda value: where[dump_value(value)]
+
+
+def _are_apart(places: Sequence[float]) -> bool:
+    """Whether sorted places are at least a twelfth of the axis apart."""
+    gaps = [after - before for before, after in itertools.pairwise(places)]
+    return all(gap >= (places[-1] - places[0]) / 12 for gap in gaps)
 
 
 def draw_comparison(curves: Mapping[str, Sequence[Mapping[str, Any]]], file: Path) -> None:
     """Training loss, smoothed, and evaluation loss of each run over its steps; `curves` are rows of metrics.jsonl."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=(11, 4.6), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for index, (name, rows) in enumerate(curves.items()):
+    num_columns = min(len(curves), 3)
+    figure = Figure(figsize=(11, 4.4 + 0.25 * math.ceil(len(curves) / num_columns)), layout="constrained")
+    left, right = figure.subplots(1, 2, sharex=True)
+    for index, rows in enumerate(curves.values()):
         look: dict[str, Any] = {
             "color": _COLOURS[index % len(_COLOURS)],
             "linestyle": _STYLES[index // len(_COLOURS) % len(_STYLES)],
@@ -121,8 +162,7 @@ def draw_comparison(curves: Mapping[str, Sequence[Mapping[str, Any]]], file: Pat
         }
         steps = [row for row in rows if row.get("loss") is not None]
         losses = [row["loss"] for row in steps]
-        # Labelled here alone: a run without steps has its name in the legend all the same.
-        left.plot([row["step"] for row in steps], smooth(losses), label=_short(name), **look)
+        left.plot([row["step"] for row in steps], smooth(losses), **look)
         evaluations = [row for row in rows if row.get("eval_loss") is not None]
         right.plot(
             [row["step"] for row in evaluations],
@@ -135,8 +175,13 @@ def draw_comparison(curves: Mapping[str, Sequence[Mapping[str, Any]]], file: Pat
     right.set_ylabel("evaluation loss (nats a token)")
     for panel in (left, right):
         panel.set_xlabel("optimizer step")
+        panel.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
+        drawn = [float(loss) for line in panel.get_lines() for loss in line.get_ydata()]
+        _scale_losses(panel, [loss for loss in drawn if math.isfinite(loss)], 20)
         _tidy(panel)
-    figure.legend(loc="outside lower center", ncols=min(len(curves), 3), frameon=False)
+    # A run without steps has its name in the legend all the same.
+    names = [_short(name) for name in curves]
+    figure.legend(left.get_lines(), names, loc="outside lower center", ncols=num_columns, frameon=False)
     figure.savefig(file, dpi=130)
 
 
@@ -155,4 +200,5 @@ def _natural(label: str) -> tuple[bool, float, str]:
 
 
 def _short(text: str) -> str:
-    return text if len(text) <= _MAX_NAME else f"{text[: _MAX_NAME - 1]}…"
+    short = text if len(text) <= _MAX_NAME else f"{text[: _MAX_NAME - 1]}…"
+    return short.replace("$", r"\$")

@@ -165,7 +165,7 @@ def _parts(rehearsal: Rehearsal) -> list[Part]:
         Part("weights", rehearsal.weights, "the base, frozen"),
         Part("adapter", rehearsal.adapter, "float32, 4 bytes a trained parameter"),
         Part("gradients", rehearsal.gradients, "of the adapter, as far as they exist at the peak"),
-        Part("optimizer", rehearsal.optimizer, "AdamW, 8 bytes a trained parameter"),
+        Part("optimizer", rehearsal.optimizer, "AdamW, 8 bytes a trained parameter, less if paged or of 8 bits"),
         Part("activations", rehearsal.activations, "kept by the forward pass for backward"),
         Part("loss and workspace", rehearsal.workspace, "logits of a chunk, gradients on their way, temporaries"),
         Part("overhead", rehearsal.overhead, "kernels and their scratch, holes between small tensors"),

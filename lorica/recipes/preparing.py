@@ -5,21 +5,25 @@ with.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from lorica.config import ModelConfig, RunConfig
 from lorica.data.check import overlap
-from lorica.data.render import Prepared, Renderer, load_dataset
+from lorica.data.layouts import Layout
+from lorica.data.render import Prepared, load_dataset
+from lorica.data.render_labels import LabelRenderer
 from lorica.data.rows import Example, RowFault
 from lorica.data.sampler import split_eval
 from lorica.data.tokenized import TokenizedDataset
 from lorica.errors import ModelError
-from lorica.models.attention import packing_support
+from lorica.methods.method import MethodOptions
 from lorica.models.load import is_local, load_config, load_tokenizer
 from lorica.recipes import console
+from lorica.recipes.tasks import AnyRenderer, RunTask, run_task
 
 
 @dataclass(frozen=True)
@@ -27,7 +31,9 @@ class PreparedRun:
     """The data of a run: samples as tokens, and the rows that they come from in the same order."""
 
     tokenizer: PreTrainedTokenizerBase
-    renderer: Renderer
+    task: RunTask
+    renderer: AnyRenderer
+    layout: Layout
     train: TokenizedDataset
     train_examples: list[Example]
     eval: TokenizedDataset | None
@@ -36,10 +42,15 @@ class PreparedRun:
     format: str
 
     @property
-    def pad_id(self) -> int:
-        """A token for padding; it is masked everywhere, so any will do where the tokenizer names none."""
-        pad = self.tokenizer.pad_token_id
-        return int(pad) if isinstance(pad, int) else 0
+    def labels(self) -> tuple[str, ...]:
+        """A classifier's classes by id."""
+        return self.renderer.labels if isinstance(self.renderer, LabelRenderer) else ()
+
+    def for_method(self, options: MethodOptions, base: PretrainedConfig) -> PreparedRun:
+        """The same rows as a model of this method wants to see them: behind its virtual tokens, if it has such."""
+        ids, position = options.in_front(base.get_text_config().vocab_size)
+        evaluation = None if self.eval is None else self.eval.behind(ids, position)
+        return replace(self, train=self.train.behind(ids, position), eval=evaluation)
 
 
 def announce_hub(base: str) -> None:
@@ -63,44 +74,33 @@ def base_config(model: ModelConfig) -> PretrainedConfig:
         raise ModelError(f"{error} If it has moved, say where it is now: model.base=FOLDER.") from None
 
 
-def make_renderer(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Renderer:
-    """How this run turns rows into tokens."""
-    data = config.data
-    return Renderer(
-        tokenizer,
-        loss_on=data.loss_on,
-        max_length=data.max_length,
-        template=data.template,
-        too_long=data.too_long,
-    )
-
-
 def why_padded(config: RunConfig, base: PretrainedConfig) -> str | None:
     """None where the run packs its batches; else, as a sentence, why it pads them."""
-    if not config.data.packing:
-        return "Batches are padded: data.packing is false."
-    reason = packing_support(base)
-    return None if reason is None else f"Batches are padded, because this model cannot pack: {reason}."
+    return run_task(config, base).layout(config, base, None)[1]
 
 
-def prepare(config: RunConfig) -> PreparedRun:
+def prepare(config: RunConfig, labels: Sequence[str] = ()) -> PreparedRun:
     """Read, render and tokenise the run's data; hold out evaluation rows where `data.eval` is a fraction.
 
-    `base_config` comes before this. Says on stderr what was left out and what overlaps.
+    `base_config` comes before this. Says on stderr what was left out and what overlaps. labels: a classifier's classes
+    by id, where they are known; else those of the training rows.
 
     Raises:
         DataError: rows that cannot be read under `data.on_bad_row: error`, or nothing to train on.
     """
     data = config.data
+    base = load_config(config.model.base, revision=config.model.revision)
+    task = run_task(config, base)
     tokenizer = load_tokenizer(config.model.base, revision=config.model.revision)
-    renderer = make_renderer(config, tokenizer)
-    loaded = _load(config, renderer, data.train, data.split)
+    renderer = task.renderer(config, tokenizer, base, labels)
+    layout, _ = task.layout(config, base, tokenizer)
+    loaded = load_rows(config, task, renderer, data.train, data.split)
     faults = list(loaded.faults)
     train, train_examples = loaded.dataset, loaded.examples
     evaluation: TokenizedDataset | None = None
     eval_examples: list[Example] = []
     if isinstance(data.eval, str):
-        held_out = _load(config, renderer, data.eval, data.eval_split)
+        held_out = load_rows(config, task, renderer, data.eval, data.eval_split)
         evaluation, eval_examples = held_out.dataset, held_out.examples
         faults += held_out.faults
     elif data.eval is not None:
@@ -114,11 +114,27 @@ def prepare(config: RunConfig) -> PreparedRun:
             f"Warning: {shared.num_exact:,} of {shared.num_eval:,} evaluation rows are also training rows, the first "
             f"is {shared.examples[0][0]}: the evaluation loss will look better than it is."
         )
-    return PreparedRun(tokenizer, renderer, train, train_examples, evaluation, eval_examples, faults, loaded.format)
+    return PreparedRun(
+        tokenizer, task, renderer, layout, train, train_examples, evaluation, eval_examples, faults, loaded.format
+    )
 
 
-def _load(config: RunConfig, renderer: Renderer, source: str, split: str | None) -> Prepared:
+def load_rows(
+    config: RunConfig,
+    task: RunTask,
+    renderer: AnyRenderer,
+    source: str,
+    split: str | None,
+    on_bad_row: str | None = None,
+) -> Prepared:
+    """Read and tokenise one source as this run does; `on_bad_row` None: as its configuration says."""
     data = config.data
     return load_dataset(
-        source, renderer, format=data.format, columns=data.columns, split=split, on_bad_row=data.on_bad_row
+        source,
+        renderer,
+        format=task.row_format(config),
+        columns=data.columns,
+        split=split,
+        on_bad_row=data.on_bad_row if on_bad_row is None else on_bad_row,
+        check_format=lambda found: task.refuse_format(source, found),
     )

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from lorica.errors import AdapterError
+from lorica.methods.attach import in_front
 
 # Rounding a weight to its dtype once more moves the logits about as much as computing in that dtype does: so many parts
 # of the largest logit, and so many nats a token.
@@ -47,12 +48,23 @@ class Agreement:
 
 @torch.no_grad()
 def logits_of(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    """Logits on `ids` [B, T] as float32 on the CPU, [B, T, V], in evaluation mode; the mode is restored."""
+    """Logits on `ids` [B, T] as float32 on the CPU, in evaluation mode; the mode is restored.
+
+    [B, T, V]; of an encoder-decoder, whose decoder reads the same ids, too; of a classifier [B, C]. An adapted model
+    reads them behind what its method wants there.
+    """
     training = model.training
     model.eval()
-    logits: Tensor = model(input_ids=ids.to(model.device), use_cache=False).logits.float().cpu()
+    virtual, position = in_front(model)
+    whole = torch.cat([torch.tensor(virtual, dtype=ids.dtype).expand(len(ids), -1), ids], 1).to(model.device)
+    inputs = {"input_ids": whole}
+    if position:
+        inputs["position_ids"] = (torch.arange(whole.shape[1], device=whole.device) + position).expand_as(whole)
+    if model.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = inputs["input_ids"]
+    logits: Tensor = model(**inputs, use_cache=False).logits.float().cpu()
     model.train(training)
-    return logits
+    return logits[:, len(virtual) :] if logits.dim() == 3 else logits
 
 
 def agreement(ours: Tensor, theirs: Tensor, base: Tensor, dtype: torch.dtype) -> Agreement:
@@ -64,7 +76,7 @@ def agreement(ours: Tensor, theirs: Tensor, base: Tensor, dtype: torch.dtype) ->
         kl=kl,
         kept=1 - kl / from_base if from_base > 0 else 1.0,
         top1=float((ours.argmax(-1) == theirs.argmax(-1)).float().mean()),
-        num_tokens=ours.shape[0] * ours.shape[1],
+        num_tokens=ours.argmax(-1).numel(),
         tolerance=_TOLERANCE.get(dtype, 1e-4),
         noise=_NOISE_NATS.get(dtype, 1e-6),
     )

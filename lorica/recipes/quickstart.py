@@ -61,6 +61,7 @@ def quickstart(output: str | Path = "runs/quickstart", seed: int = 0) -> Quickst
     run = Path(config.train.output)
     console.log("3/5  Measuring base and adapter on what was held out")
     evaluation = evaluate(run)
+    assert isinstance(evaluation, EvaluationReport)
     console.log("4/5  Merging")
     merged = merge(run, output / "merged")
     console.log("5/5  Exporting for PEFT")

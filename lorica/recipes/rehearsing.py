@@ -17,11 +17,16 @@ from lorica.data.sampler import Order, micro_batches
 from lorica.data.tokenized import Int64
 from lorica.errors import ModelError
 from lorica.models.load import pick_device, pick_dtype
+from lorica.models.tasks import CLASSIFICATION, Task, own_labels, set_labels
 from lorica.recipes.preparing import base_config, prepare, why_padded
+from lorica.recipes.tasks import run_task
 from lorica.training.rehearsal import Rehearsal, rehearse
 
 ASSUMED_LENGTH = 512
 """Tokens of a sample where the data is not at hand."""
+
+ASSUMED_LABELS = ("0", "1")
+"""The classes of a classifier, then."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +34,8 @@ class Setting:
     """What all rehearsals of one plan share.
 
     Attributes:
-        base: the base's configuration.
+        base: the base's configuration, with a classifier's classes in it.
+        task: what it is trained to do.
         padded: batches are padded, because the base cannot pack or the run does not want to.
         trained_fraction: share of the tokens that are targets.
         lengths: tokens of every sample; like the following, None where the data is not at hand.
@@ -39,6 +45,7 @@ class Setting:
     """
 
     base: PretrainedConfig
+    task: Task
     device: torch.device
     padded: bool
     trained_fraction: float
@@ -54,16 +61,21 @@ def look_around(config: RunConfig, require_data: bool) -> tuple[Setting, list[st
     device = pick_device(config.model.device)
     padding = why_padded(config, base)
     assumptions = [] if padding is None else [padding]
-    setting = Setting(base, device, padding is not None, 1.0, None, None, None, None)
+    task = run_task(config, base).task
+    if task is CLASSIFICATION:
+        set_labels(base, own_labels(base) or ASSUMED_LABELS)
+    setting = Setting(base, task, device, padding is not None, 1.0, None, None, None, None)
     if not require_data and not Path(config.data.train).exists():
         return setting, [*assumptions, _assumed(config, f"{config.data.train} is not on this machine")]
     try:
-        dataset = prepare(config).train
+        data = prepare(config).for_method(config.method, base)
     except ModelError as error:
         if require_data:
             raise
         return setting, [*assumptions, _assumed(config, f"the data cannot be read without a tokenizer ({error})")]
-    train = config.train
+    dataset, train = data.train, config.train
+    if task is CLASSIFICATION:
+        set_labels(base, data.labels)
     order = Order(
         dataset.lengths,
         seed=train.seed,
@@ -85,7 +97,9 @@ def look_around(config: RunConfig, require_data: bool) -> tuple[Setting, list[st
 
 def _assumed(config: RunConfig, reason: str) -> str:
     length = min(config.data.max_length, ASSUMED_LENGTH)
-    return f"Samples of {length} tokens, all of them trained, are assumed: {reason}."
+    unknown = config.train.restart_every is not None and config.train.max_steps is None
+    restarts = " Without its steps no restart is counted, and each adds its rank." if unknown else ""
+    return f"Samples of {length} tokens, all of them trained, are assumed: {reason}.{restarts}"
 
 
 def rehearse_run(config: RunConfig, setting: Setting) -> Rehearsal:
@@ -93,6 +107,7 @@ def rehearse_run(config: RunConfig, setting: Setting) -> Rehearsal:
     return rehearse(
         setting.base,
         config.method,
+        task=setting.task,
         dtype=run_dtype(config, setting),
         device=setting.device,
         lengths=batch_lengths(config, setting),
@@ -100,7 +115,18 @@ def rehearse_run(config: RunConfig, setting: Setting) -> Rehearsal:
         padded=setting.padded,
         num_micro_batches=num_micro_batches(config),
         activation_checkpointing=config.train.activation_checkpointing,
+        quant=config.model.quant,
+        double_quant=config.model.double_quant,
+        num_restarts=num_restarts(config, setting),
+        optimizer_bits=config.train.optimizer_bits,
+        optimizer_memory=config.train.optimizer_memory,
     )
+
+
+def num_restarts(config: RunConfig, setting: Setting) -> int:
+    """How often the run's adapters start anew, as far as its steps are known: its last part needs the most."""
+    every, steps = config.train.restart_every, setting.steps or config.train.max_steps
+    return 0 if every is None or steps is None else (steps - 1) // every
 
 
 def run_dtype(config: RunConfig, setting: Setting) -> torch.dtype:
@@ -120,9 +146,10 @@ def num_micro_batches(config: RunConfig) -> int:
 
 def batch_lengths(config: RunConfig, setting: Setting) -> list[int]:
     """Tokens of the samples in the largest micro batch of the first steps, or in one as it is assumed."""
-    budget, longest = micro_batch_tokens(config), config.data.max_length
+    budget, virtual = micro_batch_tokens(config), config.method.num_virtual_ids
+    longest = config.data.max_length + virtual
     if setting.lengths is None or setting.first_batches is None:
-        length = min(longest, ASSUMED_LENGTH)
+        length = min(longest, ASSUMED_LENGTH + virtual)
         rest = budget % length
         return [length] * (budget // length) + ([rest] if rest > 1 else [])
     lengths = np.minimum(setting.lengths, longest)

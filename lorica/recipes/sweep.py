@@ -26,14 +26,13 @@ from typing import Any
 
 import torch
 
-from lorica.config import load_config
-from lorica.errors import ConfigError, DivergedError, DoesNotFitError, LoricaError
+from lorica.errors import AdapterError, ConfigError, DivergedError, DoesNotFitError, LoricaError, StoppedError
 from lorica.files import write_text
 from lorica.recipes import console
 from lorica.recipes.arms import Arm, in_folder, make_arms, short_keys
 from lorica.recipes.merge import check_free
 from lorica.recipes.pictures import draw_sweep
-from lorica.recipes.preparing import PreparedRun, base_config, prepare, why_padded
+from lorica.recipes.preparing import PreparedRun, base_config, prepare
 from lorica.recipes.sweep_state import STATE, SweepState
 from lorica.recipes.train import make_order, train
 from lorica.strict_yaml import dump_value
@@ -132,7 +131,8 @@ def sweep(
         state = SweepState(folder, arms, _evaluation_rows(jobs[0]))
         _run(jobs, state, _rungs(jobs) if halving else [1])
         results = sorted((_result(job, state) for job in jobs), key=_rank)
-        best = next((result for result in results if result.status == "finished"), None)
+        # An arm whose log was tampered with may have no loss.
+        best = next((r for r in results if r.status == "finished" and r.eval_loss is not None), None)
         _write(folder, results)
         _show(folder, results)
         if best is None:
@@ -140,7 +140,7 @@ def sweep(
                 f"No arm came to its end, so there is no best one; {folder / 'sweep.csv'} has the reasons."
             )
         arm = next(arm for arm in arms if arm.name == best.name)
-        write_text(folder / "best.yaml", load_config(path, [*arm.assignments, in_folder(folder / "best")]).dump_yaml())
+        write_text(folder / "best.yaml", in_folder(arm.run, folder / "best").dump_yaml())
     console.log(f"Best: {best.name}, evaluation loss {best.eval_loss:.4g}. Its run: {best.folder}")
     console.log(f"Its configuration: {folder / 'best.yaml'}. The picture: {folder / 'sweep.png'}")
     return SweepResult(str(folder), best.name, str(folder / "best.yaml"), results)
@@ -148,18 +148,19 @@ def sweep(
 
 def _prepare(arms: Sequence[Arm]) -> list[_Job]:
     """Read the rows once for all arms that read the same; ConfigError where the arms' losses cannot be compared."""
-    prepared: dict[str, tuple[PreparedRun, bool]] = {}
+    prepared: dict[str, PreparedRun] = {}
     jobs = []
     for arm in arms:
         config = arm.run.config
         # A share for evaluation is drawn by the run's seed.
         seed = config.train.seed if isinstance(config.data.eval, float) else None
-        what = repr((config.model.base, config.model.revision, config.data, seed))
+        what = repr((config.model.base, config.model.revision, config.model.task, config.data, seed))
+        base = base_config(config.model)
         if what not in prepared:
-            padded = why_padded(config, base_config(config.model)) is not None
-            prepared[what] = prepare(config), padded
-        data, padded = prepared[what]
-        jobs.append(_Job(arm, data, make_order(config, data.train, padded).num_steps))
+            prepared[what] = prepare(config)
+        data = prepared[what]
+        order = make_order(config, data.for_method(config.method, base).train, data.layout.padded)
+        jobs.append(_Job(arm, data, order.num_steps))
     other = next((job for job in jobs if _evaluation_rows(job) != _evaluation_rows(jobs[0])), None)
     if other is not None:
         raise ConfigError(
@@ -216,10 +217,19 @@ def _advance(job: _Job, state: SweepState, step: int, title: str) -> None:
     failure = None
     try:
         train(job.arm.run, resume="auto", stop_at=step, data=job.data)
+    except StoppedError as error:
+        number = error.exit_code - 128
+        raise StoppedError(f"{job.name}: stopped, with a checkpoint. The same command goes on.", number) from error
     except DivergedError as error:
         failure = ("diverged", str(error))
     except (DoesNotFitError, MemoryError, torch.OutOfMemoryError) as error:
         failure = ("does not fit", str(error) or type(error).__name__)
+    except AdapterError:
+        # Weights that are no numbers cannot be proved. Without a log the fault is another.
+        if not (job.arm.folder / "metrics.jsonl").is_file() or _score(job, state, step) < math.inf:
+            raise
+    if failure is None and _score(job, state, step) == math.inf:
+        failure = ("diverged", "None of its evaluation losses is a finite number; lower train.lr.")
     if failure is not None:
         console.log(f"{job.name}: {failure[0]}. {failure[1]}")
     state.record(job.name, step=step, failure=failure)

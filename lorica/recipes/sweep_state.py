@@ -30,7 +30,7 @@ class SweepState:
             evaluation_rows: a fingerprint; losses on other rows could not be compared.
 
         Raises:
-            ConfigError: there is another sweep, with every difference, or its sweep.json is damaged.
+            ConfigError: there is another sweep, with every difference, or its sweep.json or an arm is damaged.
         """
         self._file = folder / STATE
         self._content: dict[str, Any] = {"evaluation_rows": evaluation_rows, "arms": {}}
@@ -38,6 +38,12 @@ class SweepState:
             self._content = _read(self._file)
             saved = self._content["arms"]
             self._content["arms"] = {name: arm for name, arm in saved.items() if (folder / name).is_dir()}
+            damaged = [name for name, arm in self._content["arms"].items() if not _has_log(folder / name, arm)]
+            if damaged:
+                raise ConfigError(
+                    "\n".join(f"{folder / name} has lost its metrics.jsonl." for name in damaged)
+                    + "\nAn arm whose folder is deleted begins anew."
+                )
             faults = _differences(self._content, arms, evaluation_rows)
             if faults:
                 raise ConfigError(
@@ -77,6 +83,11 @@ def _read(file: Path) -> dict[str, Any]:
     if not sound:
         raise ConfigError(f"{file} is damaged. Sweep again with another --output.")
     return content
+
+
+def _has_log(folder: Path, arm: Mapping[str, Any]) -> bool:
+    """Whether the losses of an arm are there; one that failed may have none."""
+    return arm["failure"] is not None or (folder / "metrics.jsonl").is_file()
 
 
 def _differences(saved: Mapping[str, Any], arms: Sequence[Arm], evaluation_rows: str) -> list[str]:

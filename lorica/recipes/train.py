@@ -28,29 +28,35 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from lorica.config import Resolved, RunConfig, dump_yaml, load_config, values
-from lorica.data.packing import ROUND_TO, Batch, pack, pad
-from lorica.data.sampler import Order, micro_batches
+from lorica.data.layouts import Layout, source_length
+from lorica.data.packing import pack
+from lorica.data.sampler import Order
 from lorica.data.tokenized import TokenizedDataset
 from lorica.errors import CheckpointError, ConfigError, DataError, ModelError
-from lorica.evaluate.likelihood import likelihood
 from lorica.files import read_json_object, write_json, write_text
-from lorica.interop.peft import check_adapter_folder, load_adapter, save_adapter
+from lorica.interop.folder import check_adapter_folder
+from lorica.interop.peft import load_adapter, save_adapter
 from lorica.kernels.pool import install_pool
-from lorica.methods.attach import adapt, detach, trainable_parameters, trained_state
-from lorica.models.load import base_fingerprint, load_model
+from lorica.methods.attach import adapters, attach, detach, in_front, trainable_parameters, with_whole
+from lorica.methods.method import MethodOptions
+from lorica.models.load import base_fingerprint, context_length, load_with_head
 from lorica.models.loss import LossFunction, make_loss
+from lorica.models.tasks import SEQ2SEQ
+from lorica.quant.linear import format_of, num_parameters
 from lorica.recipes import console
+from lorica.recipes.doctor import available_memory_bytes
 from lorica.recipes.opening import adapter_fault
 from lorica.recipes.preparing import PreparedRun, base_config, prepare, why_padded
 from lorica.recipes.proof import check_read_back, logits_of
 from lorica.recipes.report import write_run_report
+from lorica.recipes.tasks import RunTask
 from lorica.training.checkpoint import (
     Checkpoint,
     checkpoint_path,
     find_checkpoints,
     latest_valid,
     read_checkpoint,
-    restore_parameters,
+    restore_trained,
 )
 from lorica.training.identity import check_identity
 from lorica.training.lock import RunLock
@@ -60,6 +66,7 @@ if TYPE_CHECKING:
     from lorica.recipes.plan import PlanReport
 
 RESULT = "result.json"
+SHOWN_LABELS = 8
 
 
 @dataclass(frozen=True)
@@ -91,7 +98,6 @@ class _Work:
 
     data: PreparedRun
     order: Order
-    padded: bool
     identity: dict[str, Any]
 
 
@@ -159,11 +165,14 @@ def _lay_out(config: RunConfig, data: PreparedRun | None) -> _Work:
     base = base_config(config.model)
     data = prepare(config) if data is None else data
     _refuse_misfits(config, data, base)
+    data = data.for_method(config.method, base)
     padding = why_padded(config, base)
     if padding is not None:
         console.log(padding)
-    padded = padding is not None
-    return _Work(data, make_order(config, data.train, padded), padded, _identity(config, data, padded))
+    if data.labels:
+        named = ", ".join(data.labels[:SHOWN_LABELS]) + (", ..." if len(data.labels) > SHOWN_LABELS else "")
+        console.log(f"{len(data.labels):,} classes: {named}")
+    return _Work(data, make_order(config, data.train, data.layout.padded), _identity(config, data))
 
 
 def make_order(config: RunConfig, dataset: TokenizedDataset, padded: bool) -> Order:
@@ -212,17 +221,31 @@ def _run(
     settings, data = config.train, work.data
     console.log(f"{len(data.train):,} training samples, {work.order.num_steps:,} steps")
     install_pool()
-    model = load_model(
-        config.model.base, dtype=config.model.dtype, device=config.model.device, revision=config.model.revision
+    model, head = load_with_head(
+        config.model.base,
+        dtype=config.model.dtype,
+        device=config.model.device,
+        revision=config.model.revision,
+        task=data.task.task.name,
+        labels=data.labels,
+        seed=settings.seed,
+        quant=config.model.quant,
+        double_quant=config.model.double_quant,
     )
-    identity = {**work.identity, "model": {"fingerprint": base_fingerprint(model), "dtype": str(model.dtype)}}
+    method = with_whole(config.method, head)
+    held = {"fingerprint": base_fingerprint(model, head), "dtype": str(model.dtype), "quant": format_of(model)}
+    identity = {**work.identity, "model": held}
     if checkpoint is not None:
         check_identity({"model": checkpoint.state["identity"]["model"]}, {"model": identity["model"]})
     loss_fn = make_loss(model)
     seed_everything(settings.seed)
-    adapt(model, config.method)
+    attach(model, method)
+    if beside := [name for name, adapter in adapters(model).items() if adapter.is_beside]:
+        console.log(f"Trained beside the adapters, and saved with them: {', '.join(beside)}")
     if settings.activation_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
+    if checkpoint is None and method.num_start_batches:
+        _start_from_data(model, method, loss_fn, config, work)
     _write_beginning(output, config, resolved, model.device, identity["model"]["dtype"])
     result = run_loop(
         model,
@@ -230,15 +253,29 @@ def _run(
         data.train,
         work.order,
         folder=output,
-        options=_loop_options(config, work.padded, data.pad_id),
+        options=_loop_options(config, data.layout),
         evaluate=make_evaluation(
-            model, loss_fn, data.eval, settings.micro_batch_tokens or settings.batch_tokens, work.padded, data.pad_id
+            model, loss_fn, data.eval, settings.micro_batch_tokens or settings.batch_tokens, data.task, data.layout
         ),
         resume=checkpoint,
         identity=identity,
         stop_at=stop_at,
     )
     return model, result
+
+
+def _start_from_data(
+    model: PreTrainedModel, method: MethodOptions, loss_fn: LossFunction, config: RunConfig, work: _Work
+) -> None:
+    """Start the adapters from the data of the run's first steps."""
+    data, budget = work.data, config.train.micro_batch_tokens or config.train.batch_tokens
+    # Without filler: a start looks at every token of a batch that has no mask.
+    layout = data.layout if data.layout.padded else Layout(pack, padded=False)
+    steps = range(min(method.num_start_batches, work.order.num_steps))
+    batches = [b for step in steps for b in layout.batches(data.train, work.order.batch(step), budget)]
+    console.log(f"Starting the adapter from {sum(b.num_tokens for b in batches):,} tokens of the training data")
+    with_targets = [b.to(model.device) for b in batches if b.num_targets]
+    method.start(model, loss_fn, [(b.model_inputs(), b.targets) for b in with_targets])
 
 
 def _finish(
@@ -248,7 +285,7 @@ def _finish(
     data = work.data
     adapter_step = _take_best(model, output, result)
     num_trainable = sum(p.numel() for p in trainable_parameters(model).values())
-    num_total = sum(p.numel() for p in model.parameters())
+    num_total = num_parameters(model)
     difference = _save_proved(model, output / "adapter", data)
     done = TrainResult(
         output=str(output),
@@ -292,26 +329,15 @@ def make_evaluation(
     loss_fn: LossFunction,
     dataset: TokenizedDataset | None,
     micro_batch_tokens: int,
-    padded: bool,
-    pad_id: int,
+    task: RunTask,
+    layout: Layout,
 ) -> Callable[[], Mapping[str, float]] | None:
-    """A function that measures loss and perplexity on `dataset`, or None without one."""
+    """A function that measures the task's scores on `dataset`, or None without one."""
     if dataset is None:
         return None
-    batches = evaluation_batches(dataset, micro_batch_tokens, padded, pad_id)
-
-    def evaluate() -> Mapping[str, float]:
-        scores = likelihood(model, loss_fn, batches)
-        return {"loss": scores.loss, "perplexity": scores.perplexity}
-
-    return evaluate
-
-
-def evaluation_batches(dataset: TokenizedDataset, micro_batch_tokens: int, padded: bool, pad_id: int) -> list[Batch]:
-    """All samples of `dataset`, in order, in batches of at most `micro_batch_tokens` tokens."""
     everything = np.arange(len(dataset), dtype=np.int64)
-    parts = micro_batches(everything, dataset.lengths, micro_batch_tokens, padded)
-    return [pad(dataset, part, pad_id) if padded else pack(dataset, part, ROUND_TO) for part in parts]
+    batches = layout.batches(dataset, everything, micro_batch_tokens)
+    return lambda: task.scores(model, loss_fn, batches)
 
 
 def _find_checkpoint(folder: Path, resume: str | Path | None) -> Checkpoint | None:
@@ -336,14 +362,15 @@ def _find_checkpoint(folder: Path, resume: str | Path | None) -> Checkpoint | No
 
 def _refuse_misfits(config: RunConfig, data: PreparedRun, base: PretrainedConfig) -> None:
     """Refuse samples that the base has no positions or no tokens for, before its weights are read."""
-    base = base.get_text_config()
     parts = [part for part in (data.train, data.eval) if part is not None]
-    longest = max(int(part.lengths.max()) for part in parts)
-    context = getattr(base, "max_position_embeddings", None)
-    if context and longest > context:
+    longest = max(_longest(part, data.task) for part in parts)
+    context, base = context_length(base), base.get_text_config()
+    virtual = config.method.num_virtual_ids + config.method.position_offset
+    if context and longest + virtual > context:
+        beside = f" beside {virtual:,} virtual ones" if virtual else ""
         raise DataError(
-            f"The longest sample has {longest:,} tokens, and {config.model.base} takes {context:,}. "
-            f"Set data.max_length={context}; data.too_long says what becomes of longer rows."
+            f"The longest sample has {longest:,} tokens, and {config.model.base} takes {context - virtual:,}{beside}. "
+            f"Set data.max_length={context - virtual}; data.too_long says what becomes of longer rows."
         )
     highest = max(int(part.input_ids.max()) for part in parts)
     if highest >= base.vocab_size:
@@ -353,23 +380,41 @@ def _refuse_misfits(config: RunConfig, data: PreparedRun, base: PretrainedConfig
         )
 
 
-def _identity(config: RunConfig, data: PreparedRun, padded: bool) -> dict[str, Any]:
+def _longest(dataset: TokenizedDataset, task: RunTask) -> int:
+    """Tokens of the longest sample; an encoder-decoder reads and writes its two parts apart."""
+    if task.task is not SEQ2SEQ:
+        return int(dataset.lengths.max())
+    parts = [(source_length(labels), len(labels)) for _, labels in (dataset[i] for i in range(len(dataset)))]
+    return max(max(source, whole - source) for source, whole in parts)
+
+
+def _identity(config: RunConfig, data: PreparedRun) -> dict[str, Any]:
     """What a checkpoint must agree with; `settings` may change, said aloud."""
     train = config.train.model_dump(
-        exclude={"output", "seed", "batch_tokens", "threads", "keep_checkpoints", "log_every"}
+        exclude={
+            "output",
+            "seed",
+            "batch_tokens",
+            "threads",
+            "keep_checkpoints",
+            "log_every",
+            "optimizer_memory",
+            "optimizer_host_memory",
+        }
     )
     return {
         "method": values(config)["method"],
         "data": {
             "train": data.train.fingerprint(),
             "eval": None if data.eval is None else data.eval.fingerprint(),
+            **({"labels": list(data.labels)} if data.labels else {}),
         },
-        "order": {"seed": config.train.seed, "batch_tokens": config.train.batch_tokens, "padded": padded},
+        "order": {"seed": config.train.seed, "batch_tokens": config.train.batch_tokens, "padded": data.layout.padded},
         "settings": train,
     }
 
 
-def _loop_options(config: RunConfig, padded: bool, pad_id: int) -> LoopOptions:
+def _loop_options(config: RunConfig, layout: Layout) -> LoopOptions:
     t = config.train
     return LoopOptions(
         lr=t.lr,
@@ -377,6 +422,7 @@ def _loop_options(config: RunConfig, padded: bool, pad_id: int) -> LoopOptions:
         schedule=t.schedule,
         warmup=t.warmup,
         min_lr=t.min_lr,
+        restart_every=t.restart_every,
         clip=t.clip,
         weight_decay=t.weight_decay,
         betas=(t.beta1, t.beta2),
@@ -387,9 +433,16 @@ def _loop_options(config: RunConfig, padded: bool, pad_id: int) -> LoopOptions:
         early_stopping=t.early_stopping,
         on_nan=t.on_nan,
         log_every=t.log_every,
-        padded=padded,
-        pad_id=pad_id,
+        optimizer_bits=t.optimizer_bits,
+        optimizer_memory=t.optimizer_memory,
+        optimizer_host_memory=_host_memory(t.optimizer_host_memory),
+        layout=layout,
     )
+
+
+def _host_memory(given: int | None) -> int:
+    """Most bytes for pages of AdamW's moments in host memory."""
+    return (available_memory_bytes() or 0) // 2 if given is None else given
 
 
 def _write_beginning(
@@ -424,13 +477,15 @@ def _take_best(model: PreTrainedModel, output: Path, result: LoopResult) -> int:
     if result.best_step is None or result.best_step == result.step:
         return result.step
     best = read_checkpoint(checkpoint_path(output / "checkpoints", result.best_step))
-    restore_parameters(trained_state(model), best.tensors["trainable"])
+    restore_trained(model, best.tensors["trainable"])
     return result.best_step
 
 
 def _save_proved(model: PreTrainedModel, folder: Path, data: PreparedRun) -> float:
     """Save the adapter, read it back onto the bare base, and compare logits; the largest difference, 0 on a CPU."""
-    ids = torch.from_numpy(data.train[0][0][:64].astype(np.int64))[None]
+    # The row without what `logits_of` puts in front of it.
+    row = data.train[0][0][len(in_front(model)[0]) :]
+    ids = torch.from_numpy(row[:64].astype(np.int64))[None]
     before = logits_of(model, ids)
     save_adapter(model, folder)
     load_adapter(detach(model), folder)

@@ -24,11 +24,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
 from lorica.errors import CheckpointError
 from lorica.files import flush, sha256
+from lorica.methods.attach import adapters, trained_state
+from lorica.training.tensor_file import PartedTensors, TensorFile, layout_of, write_tensor_file
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
@@ -42,13 +44,14 @@ class Checkpoint:
     Attributes:
         step: optimizer steps done.
         state: what was given to `save_checkpoint`, through JSON.
-        tensors: file stem (`trainable`, `optimizer`, `rng`) to its named tensors, on the CPU.
+        tensors: file stem (`trainable`, `optimizer`, `rng`) to its named tensors, read anew each time they are asked
+            for: an optimizer's state need not fit into memory.
     """
 
     path: Path
     step: int
     state: dict[str, Any]
-    tensors: dict[str, dict[str, Tensor]]
+    tensors: dict[str, PartedTensors]
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
@@ -77,7 +80,7 @@ def save_checkpoint(
         _write_files(temporary, tensors, state)
         _publish(temporary, target)
     except (OSError, SafetensorError) as error:
-        num_bytes = sum(t.nbytes for named in tensors.values() for t in named.values())
+        num_bytes = sum(layout_of(named, name).num_bytes for named in tensors.values() for name in named)
         raise CheckpointError(
             f"Could not save {target}: {error}. It needs {num_bytes:,} bytes, {_free_bytes(folder)} are free there. "
             "Earlier checkpoints are intact: free some space, then resume."
@@ -95,11 +98,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
         CheckpointError: names each file that is missing or does not have the size and hash it was saved with.
     """
     verify(path)
-    # Cloned out of the file's mapping: what was verified must not change, or raise SIGBUS, when the file does.
-    tensors = {
-        file.stem: {name: tensor.clone() for name, tensor in load_file(file).items()}
-        for file in sorted(path.glob("*.safetensors"))
-    }
+    # Open from now on: the checkpoint may be pruned before all of it is read.
+    tensors: dict[str, PartedTensors] = {file.stem: TensorFile(file) for file in sorted(path.glob("*.safetensors"))}
     return Checkpoint(path, _step(path), json.loads((path / STATE).read_text(encoding="utf-8")), tensors)
 
 
@@ -206,9 +206,26 @@ def restore_parameters(parameters: Mapping[str, Tensor], tensors: Mapping[str, T
             parameter.copy_(tensors[name])
 
 
+def restore_trained(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Put back what `trained_state` gave, whatever shape buffers had grown to since or before.
+
+    Raises:
+        CheckpointError: as `restore_parameters`.
+    """
+    tensors = dict(tensors)
+    for name, adapter in adapters(model).items():
+        prefix = f"{name}."
+        adapter.make_room({key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)})
+    restore_parameters(trained_state(model), tensors)
+
+
 def _write_files(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:
     for stem, named in tensors.items():
-        save_file({name: t.detach().contiguous() for name, t in named.items()}, folder / f"{stem}.safetensors")
+        file = folder / f"{stem}.safetensors"
+        if isinstance(named, PartedTensors):
+            write_tensor_file(file, named)
+        else:
+            save_file({name: t.detach().contiguous() for name, t in named.items()}, file)
     (folder / STATE).write_text(json.dumps(state, allow_nan=False, indent=1), encoding="utf-8")
     files = {file.name: {"bytes": file.stat().st_size, "sha256": sha256(file)} for file in sorted(folder.iterdir())}
     manifest = {"files": files, "sha256": _digest(files)}

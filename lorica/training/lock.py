@@ -26,7 +26,7 @@ class RunLock:
 
     Raises on entry:
         RunLockedError: a living process holds it; names its process id and host.
-        ConfigError: the folder cannot be created or written.
+        ConfigError: the folder cannot be created, written or locked.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -68,11 +68,16 @@ class RunLock:
             ) from error
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             holder = self._holder()
             os.close(self._descriptor)
             raise RunLockedError(
                 f"{folder} is in use by {holder}. Wait for it, stop it, or choose another train.output."
+            ) from error
+        except OSError as error:
+            os.close(self._descriptor)
+            raise ConfigError(
+                f"{folder} cannot be locked: {error.strerror}. Choose a train.output on a file system with locks."
             ) from error
 
     def _is_named(self) -> bool:

@@ -15,18 +15,19 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lorica.data.packing import ROUND_TO, Batch, pack, pad
-from lorica.data.sampler import Order, micro_batches
+from lorica.data.layouts import PACKED, Layout
+from lorica.data.packing import Batch
+from lorica.data.sampler import Order
 from lorica.data.tokenized import TokenizedDataset
 from lorica.errors import CheckpointError, DivergedError, DoesNotFitError, StoppedError
-from lorica.methods.attach import adapters, trainable_parameters, trained_state
+from lorica.methods.attach import adapters, lr_factors, trainable_parameters, trained_state
 from lorica.methods.method import Adapter
 from lorica.models.loss import LossFunction
 from lorica.training.checkpoint import (
@@ -36,11 +37,19 @@ from lorica.training.checkpoint import (
     discard_after,
     find_checkpoints,
     prune,
-    restore_parameters,
+    restore_trained,
     save_checkpoint,
 )
 from lorica.training.metrics import MetricsLog, peak_memory_bytes
-from lorica.training.optim import clip_gradients, load_optimizer_tensors, make_optimizer, optimizer_tensors
+from lorica.training.optim import (
+    clip_gradients,
+    forget_moments,
+    load_optimizer_tensors,
+    make_optimizer,
+    optimizer_tensors,
+    set_learning_rate,
+)
+from lorica.training.paged import Tiers
 from lorica.training.progress import show_progress
 from lorica.training.rng import restore_rng, rng_tensors
 from lorica.training.schedule import learning_rate, num_warmup_steps
@@ -58,11 +67,15 @@ class LoopOptions:
         micro_batch_tokens: tokens that go through the model at once.
         warmup: a fraction of the run below 1, steps from 1 on.
         min_lr: where the schedule ends, as a fraction of `lr`.
+        restart_every: steps after which the low-rank pairs are folded away and fresh ones start; None: never.
         clip: greatest norm of the gradient; 0 turns clipping off.
         early_stopping: evaluations without improvement before the run ends; None never ends early.
         on_nan: `stop`, or `skip` the step.
         log_every: steps between two rows of metrics.jsonl.
-        padded: pad micro batches with `pad_id` instead of packing them.
+        optimizer_bits: of each of AdamW's moments, 32 or 8.
+        optimizer_memory: most bytes for the moments on the device; the others are paged. None: no limit.
+        optimizer_host_memory: most bytes of paged moments in main memory, if the device is a GPU.
+        layout: how samples become micro batches.
     """
 
     lr: float
@@ -70,6 +83,7 @@ class LoopOptions:
     schedule: str = "cosine"
     warmup: float = 0.03
     min_lr: float = 0.0
+    restart_every: int | None = None
     clip: float = 1.0
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
@@ -80,8 +94,10 @@ class LoopOptions:
     early_stopping: int | None = None
     on_nan: str = "stop"
     log_every: int = 1
-    padded: bool = False
-    pad_id: int = 0
+    optimizer_bits: int = 32
+    optimizer_memory: int | None = None
+    optimizer_host_memory: int = 0
+    layout: Layout = PACKED
 
 
 @dataclass(frozen=True)
@@ -122,21 +138,40 @@ class _Counters:
     stopped_early: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Run:
-    """What the parts of one run share."""
+    """What the parts of one run share. saved_step: the step whose checkpoint holds all that there is to know of it."""
 
     model: nn.Module
     loss_fn: LossFunction
+    evaluate: Callable[[], Mapping[str, float]] | None
     dataset: TokenizedDataset
     order: Order
     options: LoopOptions
+    identity: Mapping[str, Any]
     checkpoints: Path
-    parameters: dict[str, nn.Parameter]
-    wrapped: list[Adapter]
-    optimizer: torch.optim.AdamW
-    device: torch.device
-    counters: _Counters
+    counters: _Counters = field(default_factory=_Counters)
+    saved_step: int | None = None
+    parameters: dict[str, nn.Parameter] = field(init=False)
+    wrapped: list[Adapter] = field(init=False)
+    optimizer: torch.optim.AdamW = field(init=False)
+    device: torch.device = field(init=False)
+
+    def __post_init__(self) -> None:
+        options = self.options
+        self.parameters = trainable_parameters(self.model)
+        self.wrapped = list(adapters(self.model).values())
+        self.device = next(iter(self.parameters.values())).device
+        self.optimizer = make_optimizer(
+            self.parameters,
+            lr=options.lr,
+            betas=options.betas,
+            epsilon=options.epsilon,
+            weight_decay=options.weight_decay,
+            lr_factors=lr_factors(self.model),
+            bits=options.optimizer_bits,
+            tiers=Tiers(options.optimizer_memory, options.optimizer_host_memory, self.checkpoints.parent),
+        )
 
 
 def run_loop(
@@ -167,51 +202,38 @@ def run_loop(
     Raises:
         DivergedError: loss or gradient is NaN or infinite and `on_nan` is `stop`, or in `MAX_SKIPS` steps on end.
         StoppedError: SIGINT or SIGTERM came; a checkpoint was saved.
-        DoesNotFitError: memory ran out in a step.
+        ConfigError: `optimizer_memory` is too small even to page, or the folder cannot be written to.
+        DoesNotFitError: memory ran out in a step, or the disk has no room for the moments that are paged.
         CheckpointError: `resume` does not fit the model, a checkpoint cannot be saved, or the folder holds checkpoints
             that nobody resumes.
     """
-    run = _begin(model, loss_fn, train_dataset, order, folder / "checkpoints", options, resume)
-    counters, num_steps = run.counters, order.num_steps
-    saved_step = None if resume is None else resume.step
+    run = _Run(model, loss_fn, evaluate, train_dataset, order, options, identity, folder / "checkpoints")
+    _begin(run, resume)
+    counters = run.counters
     with (
         stop_requests() as stop,
         MetricsLog(folder, step=counters.step, evaluated_step=counters.evaluated_step) as log,
-        show_progress(num_steps, counters.step) as display,
+        show_progress(order.num_steps, counters.step) as display,
         _mode(model, training=True),
     ):
         while True:
-            improved = False
-            pending = evaluate is not None and _is_due(counters.step, options.eval_every, num_steps)
-            pending = pending and counters.evaluated_step != counters.step
-            if evaluate is not None and pending and stop.signal_number is None:
-                row = _evaluate(run, evaluate)
-                improved, pending = counters.best_step == counters.step, False
-                # A checkpoint of this very step, saved on a signal, does not know this evaluation.
-                saved_step = None
+            if _awaits_evaluation(run) and stop.signal_number is None:
+                row = _evaluate(run)
                 log.write(row)
                 display.evaluation(row)
-
-            finished = not pending and (counters.stopped_early or counters.step >= num_steps)
-            leaving = finished or (not pending and stop_at is not None and counters.step >= stop_at)
+            leaving = _is_finished(run) or _is_at(run, stop_at)
             # Read once: a signal that came between saving and leaving would leave with nothing saved.
             signal_number = stop.signal_number
-            due = leaving or signal_number is not None or _is_due(counters.step, options.save_every, num_steps)
-            if improved or (due and saved_step != counters.step):
+            if _is_save_due(run, leaving or signal_number is not None):
                 log.sync()
-                _save(run, identity, finished)
-                saved_step = counters.step
+                _save(run)
             if leaving:
                 return _result(run)
             if signal_number is not None:
-                raise StoppedError(
-                    f"Stopped after step {counters.step} of {num_steps}. A checkpoint was saved; --resume auto goes on "
-                    "from there.",
-                    signal_number,
-                )
+                raise _stopped(run, signal_number)
 
             row = _step(run)
-            if "skipped" in row or counters.step % options.log_every == 0 or counters.step == num_steps:
+            if _is_logged(run, row):
                 log.write(row)
             display.step(row)
             if "skipped" in row:
@@ -225,41 +247,58 @@ def is_finished(checkpoint: Checkpoint, num_steps: int) -> bool:
     return bool(checkpoint.state["finished"]) and (counters.stopped_early or counters.step >= num_steps)
 
 
-def _begin(
-    model: nn.Module,
-    loss_fn: LossFunction,
-    dataset: TokenizedDataset,
-    order: Order,
-    checkpoints: Path,
-    options: LoopOptions,
-    resume: Checkpoint | None,
-) -> _Run:
-    parameters = trainable_parameters(model)
-    optimizer = make_optimizer(
-        parameters, lr=options.lr, betas=options.betas, epsilon=options.epsilon, weight_decay=options.weight_decay
-    )
-    clean_leftovers(checkpoints)
-    if resume is None:
-        if find_checkpoints(checkpoints):
-            raise CheckpointError(f"{checkpoints} holds a run. Go on with --resume auto, or change train.output.")
-        counters = _Counters()
-    else:
-        counters = _Counters(**resume.state["counters"])
-        restore_parameters(trained_state(model), resume.tensors["trainable"])
-        load_optimizer_tensors(optimizer, parameters, resume.tensors["optimizer"])
-        if not _is_there(checkpoints, resume.step):
-            # Another folder's: this one's run begins with it, since its weights may stay the best.
-            save_checkpoint(checkpoints, resume.step, resume.tensors, resume.state)
-        if not _is_there(checkpoints, counters.best_step):
-            # Best in that other folder, or pruned here since: it cannot be taken at the end.
-            counters.best_step = counters.best_loss = None
-        # This run writes its own future; what an abandoned or damaged one left there would be taken for it.
-        discard_after(checkpoints, resume.step)
-        prune(checkpoints, options.keep_checkpoints, counters.best_step)
-        restore_rng(resume.tensors["rng"])
-    device = next(iter(parameters.values())).device
-    wrapped = list(adapters(model).values())
-    return _Run(model, loss_fn, dataset, order, options, checkpoints, parameters, wrapped, optimizer, device, counters)
+def _begin(run: _Run, resume: Checkpoint | None) -> None:
+    """Put the run at its start, or where `resume` was saved."""
+    clean_leftovers(run.checkpoints)
+    if resume is not None:
+        _go_on(run, resume)
+    elif find_checkpoints(run.checkpoints):
+        raise CheckpointError(f"{run.checkpoints} holds a run. Go on with --resume auto, or change train.output.")
+
+
+def _go_on(run: _Run, resume: Checkpoint) -> None:
+    """Put the run where `resume` was saved, and make its folder this run's own."""
+    run.counters = counters = _Counters(**resume.state["counters"])
+    run.saved_step = resume.step
+    restore_trained(run.model, resume.tensors["trainable"])
+    load_optimizer_tensors(run.optimizer, run.parameters, resume.tensors["optimizer"])
+    if not _is_there(run.checkpoints, resume.step):
+        # Another folder's: this one's run begins with it, since its weights may stay the best.
+        save_checkpoint(run.checkpoints, resume.step, resume.tensors, resume.state)
+    if not _is_there(run.checkpoints, counters.best_step):
+        # Best in that other folder, or pruned here since: it cannot be taken at the end.
+        counters.best_step = counters.best_loss = None
+    # This run writes its own future; what an abandoned or damaged one left there would be taken for it.
+    discard_after(run.checkpoints, resume.step)
+    prune(run.checkpoints, run.options.keep_checkpoints, counters.best_step)
+    restore_rng(resume.tensors["rng"])
+
+
+def _awaits_evaluation(run: _Run) -> bool:
+    step = run.counters.step
+    due = run.evaluate is not None and _is_due(step, run.options.eval_every, run.order.num_steps)
+    return due and run.counters.evaluated_step != step
+
+
+def _is_finished(run: _Run) -> bool:
+    ended = run.counters.stopped_early or run.counters.step >= run.order.num_steps
+    return ended and not _awaits_evaluation(run)
+
+
+def _is_at(run: _Run, stop_at: int | None) -> bool:
+    return stop_at is not None and run.counters.step >= stop_at and not _awaits_evaluation(run)
+
+
+def _is_save_due(run: _Run, leaving: bool) -> bool:
+    step = run.counters.step
+    is_best = run.counters.best_step == step == run.counters.evaluated_step
+    due = is_best or leaving or _is_due(step, run.options.save_every, run.order.num_steps)
+    return due and run.saved_step != step
+
+
+def _is_logged(run: _Run, row: Mapping[str, Any]) -> bool:
+    step = run.counters.step
+    return "skipped" in row or step % run.options.log_every == 0 or step == run.order.num_steps
 
 
 def _step(run: _Run) -> dict[str, Any]:
@@ -267,16 +306,11 @@ def _step(run: _Run) -> dict[str, Any]:
     started = time.perf_counter()
     options, counters = run.options, run.counters
     batches = _batches(run)
-    lr = learning_rate(
-        counters.step,
-        num_steps=run.order.num_steps,
-        peak=options.lr,
-        schedule=options.schedule,
-        warmup_steps=num_warmup_steps(options.warmup, run.order.num_steps),
-        min_fraction=options.min_lr,
-    )
-    for group in run.optimizer.param_groups:
-        group["lr"] = lr
+    every = options.restart_every
+    if every is not None and counters.step > 0 and counters.step % every == 0:
+        _restart(run)
+    lr = _learning_rate(run)
+    set_learning_rate(run.optimizer, lr)
     with _out_of_memory_explained(options):
         loss, norm, skipped = _optimize(run, batches)
 
@@ -299,13 +333,35 @@ def _step(run: _Run) -> dict[str, Any]:
     return {**row, "skipped": skipped} if skipped else row
 
 
+def _restart(run: _Run) -> None:
+    """Fold what the pairs have learned away and start fresh ones, whose moments start anew (ReLoRA, arXiv 2307.05695).
+
+    Before a step, not after one: a run that goes on beyond what was its last step is the run that was always longer.
+    """
+    for adapter in run.wrapped:
+        forget_moments(run.optimizer, adapter.restart())
+
+
+def _learning_rate(run: _Run) -> float:
+    options, num_steps = run.options, run.order.num_steps
+    every = options.restart_every
+    return learning_rate(
+        run.counters.step,
+        num_steps=num_steps,
+        peak=options.lr,
+        schedule=options.schedule,
+        warmup_steps=num_warmup_steps(options.warmup, num_steps),
+        min_fraction=options.min_lr,
+        restart_every=every,
+        # AdamW's first step is one of full size, so there is always some.
+        rewarm_steps=0 if every is None else max(1, num_warmup_steps(options.warmup, every)),
+    )
+
+
 def _batches(run: _Run) -> list[Batch]:
     """The micro batches of the next optimizer step."""
-    options, lengths = run.options, run.dataset.lengths
-    parts = micro_batches(run.order.batch(run.counters.step), lengths, options.micro_batch_tokens, options.padded)
-    if options.padded:
-        return [pad(run.dataset, part, options.pad_id) for part in parts]
-    return [pack(run.dataset, part, ROUND_TO) for part in parts]
+    options = run.options
+    return options.layout.batches(run.dataset, run.order.batch(run.counters.step), options.micro_batch_tokens)
 
 
 def _optimize(run: _Run, batches: list[Batch]) -> tuple[float | None, float, str]:
@@ -352,12 +408,15 @@ def _accumulate_gradients(run: _Run, batches: list[Batch], num_targets: int) -> 
     return total / num_targets
 
 
-def _evaluate(run: _Run, evaluate: Callable[[], Mapping[str, float]]) -> dict[str, Any]:
+def _evaluate(run: _Run) -> dict[str, Any]:
     """Evaluate and note whether this is the best so far; the row for metrics.jsonl."""
     counters = run.counters
+    assert run.evaluate is not None
     with _mode(run.model, training=False), torch.no_grad(), _out_of_memory_explained(run.options):
-        scores = evaluate()
+        scores = run.evaluate()
     counters.evaluated_step = counters.step
+    # A checkpoint of this very step, saved on a signal, does not know this evaluation.
+    run.saved_step = None
     if math.isfinite(scores["loss"]) and (counters.best_loss is None or scores["loss"] < counters.best_loss):
         counters.best_loss, counters.best_step, counters.stale_evaluations = scores["loss"], counters.step, 0
     else:
@@ -368,7 +427,7 @@ def _evaluate(run: _Run, evaluate: Callable[[], Mapping[str, float]]) -> dict[st
     return {"step": counters.step, "epoch": epoch, **{f"eval_{name}": value for name, value in scores.items()}}
 
 
-def _save(run: _Run, identity: Mapping[str, Any], finished: bool) -> None:
+def _save(run: _Run) -> None:
     broken = [name for name, parameter in run.parameters.items() if not bool(parameter.isfinite().all())]
     if broken:
         raise DivergedError(
@@ -380,9 +439,10 @@ def _save(run: _Run, identity: Mapping[str, Any], finished: bool) -> None:
         "optimizer": optimizer_tensors(run.optimizer, run.parameters),
         "rng": rng_tensors(),
     }
-    state = {"counters": asdict(run.counters), "finished": finished, "identity": identity}
+    state = {"counters": asdict(run.counters), "finished": _is_finished(run), "identity": run.identity}
     save_checkpoint(run.checkpoints, run.counters.step, tensors, state)
     prune(run.checkpoints, run.options.keep_checkpoints, run.counters.best_step)
+    run.saved_step = run.counters.step
 
 
 def _refuse_divergence(run: _Run, row: Mapping[str, Any]) -> None:
@@ -400,6 +460,14 @@ def _refuse_divergence(run: _Run, row: Mapping[str, Any]) -> None:
 def _last_good(run: _Run) -> str:
     paths = find_checkpoints(run.checkpoints)
     return f"The last good checkpoint is {paths[-1]}." if paths else "No checkpoint was saved yet."
+
+
+def _stopped(run: _Run, signal_number: int) -> StoppedError:
+    return StoppedError(
+        f"Stopped after step {run.counters.step} of {run.order.num_steps}. A checkpoint was saved; --resume auto goes "
+        "on from there.",
+        signal_number,
+    )
 
 
 def _result(run: _Run) -> LoopResult:

@@ -30,17 +30,22 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
+from lorica.data.layouts import class_batch, pair_batch
 from lorica.data.packing import ROUND_TO, Batch, pack, pad
 from lorica.data.tokenized import IGNORE, TokenizedDataset
-from lorica.kernels.linear import cpu_computes
-from lorica.methods.attach import adapt, trainable_parameters
+from lorica.kernels.linear import cpu_computes, is_widened
+from lorica.methods.attach import adapters, attach, trainable_parameters, with_whole
 from lorica.methods.method import MethodOptions
 from lorica.models.load import equip
 from lorica.models.loss import make_loss
+from lorica.models.tasks import CAUSAL, CLASSIFICATION, SEQ2SEQ, Task, head_modules
+from lorica.quant.linear import layers, num_parameters
+from lorica.quant.loading import quantize_skeleton
 from lorica.training.heap import filled_bytes
-from lorica.training.optim import clip_gradients, make_optimizer
+from lorica.training.optim import clip_gradients, held_tensors, make_optimizer
+from lorica.training.paged import Tiers
 
 RUNTIME_BYTES = 20 << 20
 """What the first steps bring in besides tensors, in float32: kernels, their scratch and caches, autograd's nodes."""
@@ -49,6 +54,10 @@ RUNTIME_BYTES_16_BIT = 80 << 20
 """The same where the CPU has 16-bit kernels, which are built for each shape: 64 MiB for one, 14 to 20 for a second."""
 
 aten = torch.ops.aten
+_QUANTISED_PRODUCTS = (
+    torch.ops.lorica.linear_4bit, torch.ops.lorica.linear_4bit_input_grad,
+    torch.ops.lorica.linear_8bit, torch.ops.lorica.linear_8bit_input_grad,
+)  # fmt: skip
 
 # Operations a byte: an adapter of rank 16 has about 15 in bfloat16, a square product of the smallest models 80.
 _NARROW = 40
@@ -113,6 +122,10 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         known = {self.add(t) for t in inputs}
         born = [t for t in tree_leaves(out) if isinstance(t, Tensor) and self.add(t) not in known]
+        if func._overloadpacket in _QUANTISED_PRODUCTS:
+            # The weight is written out inside for a moment.
+            self.events += [(len(self.sizes), 1), (len(self.sizes), -1)]
+            self.sizes.append(_weight_bytes(*args))
         if born or func._schema.is_mutable:
             kind, flops = _work(func._overloadpacket, args, kwargs or {}, out)
             moved_bytes = sum(t.numel() * t.element_size() for t in inputs + born)
@@ -130,7 +143,7 @@ class Rehearsal:
         weights: the base's parameters and buffers.
         adapter: what is trained, in float32.
         gradients: of what is trained; most peaks come before they exist.
-        optimizer: AdamW's moments.
+        optimizer: AdamW's moments, as far as they are on the device.
         activations: kept by the forward pass for backward.
         workspace: all else: the loss's chunk, gradients of activations on their way, temporaries.
         overhead: what the process holds beyond live tensors: the runtime, and holes between tensors.
@@ -176,10 +189,17 @@ def rehearse(
     padded: bool = False,
     num_micro_batches: int = 1,
     activation_checkpointing: bool = False,
+    num_restarts: int = 0,
+    task: Task = CAUSAL,
+    optimizer_bits: int = 32,
+    optimizer_memory: int | None = None,
+    quant: str | None = None,
+    double_quant: bool = True,
 ) -> Rehearsal:
     """Rehearse an optimizer step of micro batches that hold samples of `lengths` tokens; no weights are read.
 
-    The random state and `config` are left as they are. `trained_fraction` is the share of tokens that are targets.
+    The random state and `config` are left as they are. `trained_fraction` is the share of tokens that are targets,
+    `num_restarts` how often the adapters have been started anew. A classifier's classes are those of `config`.
 
     Raises:
         TargetError: `options.targets` matches nothing in this model.
@@ -187,16 +207,26 @@ def rehearse(
     place = torch.device(device)
     if place.type == "cuda" and not torch.cuda.is_available():
         place = torch.device("cpu")
-    batch = example_batch(lengths, trained_fraction=trained_fraction, padded=padded)
+    batch = example_batch(lengths, trained_fraction=trained_fraction, padded=padded, task=task)
     ledger = Ledger()
     with torch.random.fork_rng(devices=[]), FakeTensorMode(allow_non_fake_inputs=True):
-        model = _build(config, dtype, place)
+        model = _build(config, task, dtype, place, quant, double_quant)
         loss_fn = make_loss(model)
-        adapt(model, options)
+        attach(model, with_whole(options, head_modules(model)))
+        for wrapped in list(adapters(model).values()) * num_restarts:
+            wrapped.restart()
         if activation_checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})
         trained = trainable_parameters(model.train())
-        optimizer = make_optimizer(trained, lr=1e-4, betas=(0.9, 0.999), epsilon=1e-8, weight_decay=0.0)
+        optimizer = make_optimizer(
+            trained,
+            lr=1e-4,
+            betas=(0.9, 0.999),
+            epsilon=1e-8,
+            weight_decay=0.0,
+            bits=optimizer_bits,
+            tiers=Tiers(optimizer_memory),
+        )
         with ledger:
             held = {ledger.add(t) for t in (*model.parameters(), *model.buffers())}
             adapter = {ledger.add(t) for t in trained.values()}
@@ -205,7 +235,7 @@ def rehearse(
             for parameter in trained.values():
                 parameter.grad = torch.zeros_like(parameter)
             optimizer.step()
-            moments = {ledger.add(t) for state in optimizer.state.values() for t in state.values()}
+            moments = {ledger.add(t) for t in held_tensors(optimizer)}
             if num_micro_batches == 1:
                 optimizer.zero_grad(set_to_none=True)
             ledger.work.clear()
@@ -229,8 +259,8 @@ def rehearse(
         activations=parts[4],
         workspace=parts[5],
         overhead=_overhead_bytes(ledger, begin, sum(parts), dtype, place),
-        loading=_loading_bytes(config, dtype, parts[1], place),
-        num_parameters=sum(p.numel() for p in model.parameters()),
+        loading=_loading_bytes(config, dtype, parts[1], place, model),
+        num_parameters=num_parameters(model),
         num_trainable=sum(p.numel() for p in trained.values()),
         num_tokens=batch.num_tokens,
         work=ledger.work,
@@ -238,20 +268,41 @@ def rehearse(
     )
 
 
-def example_batch(lengths: Sequence[int], *, trained_fraction: float = 1.0, padded: bool = False) -> Batch:
-    """A batch of samples of `lengths` tokens, all of token 0, the trained ones spread evenly."""
+def example_batch(
+    lengths: Sequence[int], *, trained_fraction: float = 1.0, padded: bool = False, task: Task = CAUSAL
+) -> Batch:
+    """A batch of samples of `lengths` tokens, all of token 0, the trained ones spread evenly, or at the end of each
+    where they are a pair's target.
+    """
     offsets = np.cumsum([0, *lengths], dtype=np.int64)
     position = np.arange(offsets[-1])
     trained = np.floor((position + 1) * trained_fraction) > np.floor(position * trained_fraction)
     ids = np.zeros(offsets[-1], np.int32)
+    if task is not CAUSAL:
+        # A class stands at the last token; of a pair at least one token is read and one written.
+        share = 0.0 if task is CLASSIFICATION else trained_fraction
+        first = [end - max(1, min(round(n * share), n - 1)) for end, n in zip(offsets[1:], lengths, strict=True)]
+        trained = position >= np.repeat(first, lengths)
     dataset = TokenizedDataset(ids, np.where(trained, ids, IGNORE).astype(np.int32), offsets)
     everything = np.arange(len(lengths), dtype=np.int64)
+    if task is CLASSIFICATION:
+        return class_batch(dataset, everything, 0, token_types=False)
+    if task is SEQ2SEQ:
+        return pair_batch(dataset, everything, 0, 0)
     return pad(dataset, everything, 0) if padded else pack(dataset, everything, ROUND_TO)
 
 
-def _build(config: PretrainedConfig, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+def _build(
+    config: PretrainedConfig,
+    task: Task,
+    dtype: torch.dtype,
+    device: torch.device,
+    quant: str | None,
+    double_quant: bool,
+) -> PreTrainedModel:
     with device:
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
+        model: PreTrainedModel = task.auto.from_config(copy.deepcopy(config), dtype=dtype)
+    quantize_skeleton(model, quant, double_quant)
     return equip(model)
 
 
@@ -272,8 +323,13 @@ def _overhead_bytes(ledger: Ledger, begin: int, live: int, dtype: torch.dtype, d
     return runtime + filled_bytes(ledger.sizes, ledger.events, begin, repeats=2) - live
 
 
-def _loading_bytes(config: PretrainedConfig, dtype: torch.dtype, weights: int, device: torch.device) -> int:
+def _loading_bytes(
+    config: PretrainedConfig, dtype: torch.dtype, weights: int, device: torch.device, model: PreTrainedModel
+) -> int:
     stored = config.dtype if isinstance(config.dtype, torch.dtype) else dtype
+    if sizes := [layer.in_features * layer.out_features for _, layer in layers(model)]:
+        # They are quantised one after another.
+        return weights + max(sizes) * (stored.itemsize + (0 if stored == dtype else dtype.itemsize))
     if device.type != "cpu" or stored == dtype:
         return weights
     return weights + weights * stored.itemsize // dtype.itemsize
@@ -285,12 +341,19 @@ def _work(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> t
         return "attention", _attention_flops(args[:3])
     if op is aten._scaled_dot_product_flash_attention_for_cpu_backward:
         return "attention_backward", _attention_flops(args[1:4]) * 5 // 2
+    if op in _QUANTISED_PRODUCTS:
+        return "matmul", 2 * args[0].numel() * args[-1]
     if op not in flop_registry:
         return "memory", 0
     kind = "matmul"
     if "attention" in str(op):
         kind = "attention_backward" if "backward" in str(op) else "attention"
     return kind, int(flop_registry[op](*args, **kwargs, out_val=out))
+
+
+def _weight_bytes(x: Tensor, codes: Tensor, absmax: Tensor, codebook: Tensor, blocksize: int, features: int) -> int:
+    """Of the weight that a product of `x` with codes writes out."""
+    return x.shape[-1] * features * (4 if is_widened(x) else x.element_size())
 
 
 def _attention_flops(query_key_value: Sequence[Tensor]) -> int:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -134,3 +137,25 @@ def test_fingerprint_sees_tokens_labels_and_borders(dataset: TokenizedDataset) -
     other_border = TokenizedDataset(dataset.input_ids, dataset.labels, np.array([0, 3, 5, 8, 10], np.int64))
     prints = {data.fingerprint() for data in (dataset, other_label, other_token, other_border)}
     assert len(prints) == 4 and all(len(text) == 64 for text in prints)
+
+
+@pytest.mark.parametrize("indices", [[0], [2, 0, 1], [0, 1, 2, 3]])
+def test_samples_behind_virtual_tokens_keep_their_targets(dataset: TokenizedDataset, indices: list[int]) -> None:
+    behind = dataset.behind(range(100, 103)).subset(indices)
+    assert behind.lengths.tolist() == [3 + len(SAMPLES[index][0]) for index in indices]
+    batch = pack(behind, range(len(indices)))
+    assert batch.input_ids[0].tolist() == [t for index in indices for t in [100, 101, 102, *SAMPLES[index][0]]]
+    assert batch.targets[0].tolist() == [
+        target for index in indices for target in shifted([-100, -100, -100, *SAMPLES[index][1]])
+    ]
+    assert batch.num_targets == pack(dataset, indices).num_targets
+    assert dataset.behind(range(0)).fingerprint() == dataset.fingerprint() != dataset.behind([5]).fingerprint()
+
+
+@pytest.mark.parametrize("make", [pack, partial(pad, pad_id=0)], ids=["packed", "padded"])
+def test_positions_begin_where_the_data_set_says(dataset: TokenizedDataset, make: Callable[..., Batch]) -> None:
+    moved = make(dataset.behind([], 7).subset([0, 2]), [0, 1])
+    plain = make(dataset, [0, 2])
+    real = plain.attention_mask.bool() if plain.attention_mask is not None else torch.ones_like(plain.input_ids) > 0
+    assert torch.equal(moved.position_ids[real], plain.position_ids[real] + 7)
+    assert torch.equal(moved.input_ids, plain.input_ids) and torch.equal(moved.targets, plain.targets)

@@ -79,9 +79,9 @@ def test_formats_are_recognised_and_read(tmp_path: Path, row: Any, format: str, 
 
 @pytest.mark.parametrize("column", ["text", "content"])
 def test_plain_text(tmp_path: Path, column: str) -> None:
-    loaded = load_examples(write_lines(tmp_path / "rows.jsonl", [{column: "some text", "label": 3}]))
+    loaded = load_examples(write_lines(tmp_path / "rows.jsonl", [{column: "some text", "source": 3}]))
     assert loaded.format == "text" and loaded.examples[0].text == "some text" and loaded.examples[0].messages == ()
-    assert loaded.unused == ("label",)
+    assert loaded.unused == ("source",)
 
 
 def test_references_and_task_are_kept(tmp_path: Path) -> None:
@@ -565,7 +565,8 @@ def test_a_file_of_faults_alone_is_an_error_even_when_dropping(tmp_path: Path) -
         ("formats/v1_sft_demo.jsonl", "messages", 500),
         ("mixture/law.dev.jsonl", "prompt_response", 350),
         ("e2e/dev.jsonl", "prompt_response", 60),
-        ("sst2/dev.jsonl", "text", 872),
+        ("sst2/dev.jsonl", "classification", 872),
+        ("clinc150/dev.jsonl", "classification", 3000),
     ],
 )
 def test_real_files_are_read_whole(shared: Path, name: str, format: str, num_rows: int) -> None:

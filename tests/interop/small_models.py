@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -56,15 +57,49 @@ def randomise(parameters: Iterable[nn.Parameter], scale: float = 0.2) -> None:
             parameter.add_(torch.randn(parameter.shape, generator=generator) * scale)
 
 
-def check_peft_reads_ours(make: Callable[[], Any], options: MethodOptions, folder: Path, scale: float = 0.2) -> None:
+def check_peft_reads_ours(
+    make: Callable[[], Any],
+    options: MethodOptions,
+    folder: Path,
+    scale: float = 0.2,
+    run: Callable[[Any], Tensor] = outputs,
+) -> None:
     """What we save of an adapter with random weights gives PEFT, and us again, the same outputs."""
-    import peft
-
     model = lorica.adapt(make(), options)
     randomise(lorica.trainable_parameters(model).values(), scale)
-    ours = outputs(model)
+    ours = run(model)
     lorica.save_adapter(model, folder)
-    theirs = outputs(peft.PeftModel.from_pretrained(make(), folder).eval())
-    assert (ours - outputs(make())).abs().max() > 1e-2
-    torch.testing.assert_close(theirs, ours, atol=1e-5, rtol=1e-5)
-    assert torch.equal(outputs(lorica.load_adapter(make(), folder)), ours)
+    assert (ours - run(make())).abs().max() > 1e-2
+    torch.testing.assert_close(run(read_by_peft(make, folder)), ours, atol=1e-5, rtol=1e-5)
+    assert torch.equal(run(lorica.load_adapter(make(), folder)), ours)
+
+
+def read_by_peft(make: Callable[[], Any], folder: Path) -> Any:
+    """PEFT's model with the adapter in `folder`; a field that PEFT does not know fails."""
+    import peft
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="Unexpected keyword arguments")
+        return peft.PeftModel.from_pretrained(make(), folder).eval()
+
+
+def check_exchange(
+    make: Callable[[], Any],
+    config: Any,
+    folder: Path,
+    scale: float = 0.2,
+    run: Callable[[Any], Tensor] = outputs,
+) -> Any:
+    """What PEFT saves gives us the same outputs, and what we save of that gives them to PEFT; the loaded model."""
+    import peft
+
+    theirs = peft.get_peft_model(make(), config).eval()
+    randomise((p for p in theirs.parameters() if p.requires_grad), scale)
+    want = run(theirs)
+    theirs.save_pretrained(folder / "theirs")
+    assert (want - run(make())).abs().max() > 1e-2
+    model = lorica.load_adapter(make(), folder / "theirs")
+    torch.testing.assert_close(run(model), want, atol=1e-5, rtol=1e-5)
+    lorica.save_adapter(model, folder / "ours")
+    torch.testing.assert_close(run(read_by_peft(make, folder / "ours")), want, atol=1e-5, rtol=1e-5)
+    return model

@@ -42,6 +42,14 @@ def test_a_source_is_built_once_and_again_when_it_changes(sources: Path) -> None
     assert len(list(build.cache_folder().iterdir())) == 2
 
 
+def test_a_header_that_changes_makes_another_library(sources: Path) -> None:
+    (sources / "answer.c").write_text('#include "answer.h"\nint answer(void) { return X; }\n')
+    for number in (1, 2):
+        (sources / "answer.h").write_text(f"#define X {number}\n")
+        build.library.cache_clear()
+        assert build.library("answer.c").answer() == number
+
+
 def test_flags_make_another_library(sources: Path) -> None:
     (sources / "answer.c").write_text("int answer(void) { return X; }\n")
     assert [build.library("answer.c", (f"-DX={n}",)).answer() for n in (1, 2)] == [1, 2]

@@ -72,6 +72,23 @@ def test_ranks_go_to_the_layers_that_count() -> None:
     assert [layer.lora_e.flatten().tolist() for layer in layers] == [[1.0, 0.0, 1.0], [0.0, 1.0, 0.0]]
 
 
+def test_layers_cut_to_their_ranks_keep_their_scale_and_share_the_budget() -> None:
+    options = AdaLoRA(rank=4, target_rank=2, alpha=6, rank_pattern={"0": 3, "1": 0}, targets="all-linear")
+    model = lorica.adapt(nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 7), nn.Linear(7, 5)), options)
+    layers: Any = list(lorica.adapters(model).values())
+    assert [layer.lora_e.numel() for layer in layers] == [3, 0, 4] and {layer.scale for layer in layers} == {1.5}
+    for layer, scores in zip(layers, ([5.0, 1.0, 4.0], [], [2.0, 3.0, 0.0, 6.0]), strict=True):
+        layer.lora_e.data.fill_(1.0)
+        layer.importance[:, 0] = torch.tensor(scores)
+        layer.deviation.fill_(1.0)
+    keep_most_important(layers, 3)
+    assert [layer.lora_e.flatten().tolist() for layer in layers] == [[1.0, 0.0, 1.0], [], [0.0, 0.0, 0.0, 1.0]]
+    keep_most_important(layers, 100)
+    model(torch.randn(2, 5)).sum().backward()
+    for layer in layers:
+        layer.observe(0.85)
+
+
 def test_a_run_ends_at_its_target_and_the_final_part_settles_the_choice() -> None:
     torch.manual_seed(0)
     options = AdaLoRA(rank=4, target_rank=2, warmup=0.2, final=0.4, interval=2, targets="all-linear")

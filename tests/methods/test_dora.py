@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from transformers.models.gemma.modeling_gemma import GemmaTextScaledWordEmbedding
 from transformers.pytorch_utils import Conv1D
 
 import lorica
-from lorica.methods.dora import DoRA, DoraLinear
+from lorica.errors import NotMergeableError, TargetError
+from lorica.methods.dora import DoRA, DoraConv, DoraEmbedding, DoraLinear
 from lorica.methods.lora import LoRA
 
 
@@ -81,18 +86,65 @@ def test_the_norm_in_bfloat16_is_near_the_one_in_float32() -> None:
     torch.testing.assert_close(adapter.row_norms(), exact.detach(), rtol=5e-3, atol=0)
 
 
-def test_dropout_acts_on_the_low_rank_branch_in_training_only() -> None:
-    adapter = made(nn.Linear, options=DoRA(dropout=0.25))
-    x = torch.randn(64, 12)
-    adapter.eval()
-    assert torch.equal(adapter(x), adapter(x))
-    adapter.train()
-    torch.manual_seed(1)
-    got = adapter(x)
-    torch.manual_seed(1)
-    low = F.dropout(x, 0.25) @ adapter.lora_a.T @ adapter.lora_b.T
-    gain = adapter.magnitude / adapter.row_norms()
-    torch.testing.assert_close(got, gain * (x @ adapter.base.weight.T + 1.7 * low) + adapter.base.bias)
+def test_dropout_acts_on_the_low_rank_branch_in_training_only(check_dropout: Any) -> None:
+    adapter, x = made(nn.Linear, options=DoRA(dropout=0.25)), torch.randn(64, 12)
+
+    def wanted() -> torch.Tensor:
+        low = F.dropout(x, 0.25) @ adapter.lora_a.T @ adapter.lora_b.T
+        return adapter.gain() * (x @ adapter.base.weight.T + 1.7 * low) + adapter.base.bias
+
+    check_dropout(adapter, x, wanted)
+
+
+def randomised(adapter: Any) -> Any:
+    for parameter in (adapter.lora_a, adapter.lora_b, adapter.magnitude):
+        nn.init.normal_(parameter, std=0.3)
+    return adapter
+
+
+@pytest.mark.parametrize(
+    "base",
+    [
+        nn.Conv1d(6, 8, 3, stride=2, padding=1, dilation=2),
+        nn.Conv2d(6, 8, (3, 1), padding=(2, 0), padding_mode="reflect", bias=False),
+        nn.Conv3d(6, 8, 2),
+    ],
+    ids=str,
+)
+def test_a_convolution_is_its_turned_kernel(base: Any) -> None:
+    torch.manual_seed(0)
+    adapter = randomised(DoraConv(base, DoRA(), rank=4, scale=0.7))
+    x = torch.randn(2, 6, *([7] * len(base.kernel_size)))
+    kernel = base.weight.double() + 0.7 * torch.einsum(
+        "or,ri...->oi...", adapter.lora_b.double().flatten(1), adapter.lora_a.double()
+    )
+    lengths = kernel.flatten(1).norm(dim=1)
+    reference = copy.deepcopy(base).double()
+    shape = (8, *(1,) * (kernel.dim() - 1))
+    reference.weight.data = (adapter.magnitude.double().view(shape) / lengths.view(shape) * kernel).detach()
+    torch.testing.assert_close(adapter(x).double(), reference(x.double()), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(adapter.merged().weight.double(), reference.weight, rtol=1e-5, atol=1e-5)
+    adapter(x).sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in (adapter.lora_a, adapter.lora_b, adapter.magnitude))
+
+
+def test_an_embeddings_rows_are_its_dimensions_and_its_factor_is_kept() -> None:
+    torch.manual_seed(0)
+    base = GemmaTextScaledWordEmbedding(30, 8, 0, embed_scale=2.5)
+    adapter = randomised(DoraEmbedding(base, DoRA(), rank=4, scale=0.5))
+    table = base.weight.double() + 0.5 * (adapter.lora_b.double() @ adapter.lora_a.double()).T
+    table = table / table.norm(dim=0) * adapter.magnitude.double()
+    ids = torch.randint(0, 30, (2, 7))
+    torch.testing.assert_close(adapter(ids).double(), 2.5 * table[ids], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(adapter.merged()(ids), adapter(ids), rtol=1e-5, atol=1e-5)
+
+
+def test_groups_must_divide_the_rank_and_cannot_be_merged() -> None:
+    base = nn.Conv1d(6, 8, 3, groups=2)
+    with pytest.raises(TargetError, match="2 groups, which must divide the rank; it is 3"):
+        DoRA(rank=3).wrap(base, "x")
+    with pytest.raises(NotMergeableError, match="2 groups"):
+        DoRA(rank=4).wrap(base, "x").merged()
 
 
 def test_scale_and_count_are_loras_and_one_magnitude_a_row() -> None:

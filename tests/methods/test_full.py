@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 import lorica
 from lorica.errors import AdapterError, TargetError
-from lorica.interop.peft import PROOF, WEIGHTS
+from lorica.interop.folder import PROOF, WEIGHTS
 from lorica.methods.full import FullFineTuning
 
 Make = Callable[..., Any]

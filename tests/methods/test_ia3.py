@@ -95,3 +95,18 @@ def test_feedforward_is_a_pattern_or_a_list() -> None:
 def test_a_model_without_the_usual_names_must_name_its_targets() -> None:
     with pytest.raises(TargetError, match="has nothing of what"):
         lorica.adapt(nn.Sequential(nn.Linear(2, 2)), IA3())
+
+
+@pytest.mark.parametrize("scales_input", [False, True])
+@pytest.mark.parametrize("base", [nn.Conv2d(4, 6, 3, groups=2), nn.Conv3d(4, 6, 2, bias=False)], ids=str)
+def test_a_convolution_has_a_factor_for_each_channel(base: Any, scales_input: bool) -> None:
+    torch.manual_seed(0)
+    adapter: Any = IA3(feedforward="x" if scales_input else "y").wrap(base, "x")
+    dims = len(base.kernel_size)
+    assert adapter.ia3_l.shape == (1, 4 if scales_input else 6, *(1,) * dims)
+    nn.init.normal_(adapter.ia3_l)
+    x, factors = torch.randn(2, 4, *(5,) * dims), adapter.ia3_l
+    want = base(x * factors) if scales_input else base(x) * factors
+    torch.testing.assert_close(adapter(x), want)
+    torch.testing.assert_close(adapter(x[0]), want[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(adapter.merged()(x), want, rtol=1e-5, atol=1e-5)

@@ -15,7 +15,10 @@ from transformers.pytorch_utils import Conv1D
 
 import lorica
 from lorica.errors import ConfigError, NotMergeableError, TargetError
-from lorica.methods.lora import LoRA, LoraConv, LoraEmbedding, LoraLinear, add_low_rank
+from lorica.methods.lora import LoRA
+from lorica.methods.lora_conv import LoraConv
+from lorica.methods.lora_kinds import LoraEmbedding, LoraLinear
+from lorica.methods.low_rank import add_low_rank
 
 
 def test_linear_follows_the_equation_in_float64() -> None:
@@ -325,3 +328,41 @@ def test_slices_that_fit_no_module_are_refused(tiny_llama: Callable[[], nn.Modul
         lorica.adapt(tiny_llama(), LoRA(targets="embed_tokens", slices={"embed_tokens": QV}))
     with pytest.raises(ConfigError, match=r"init olora starts from a whole weight.*svd_niter is 4, but init olora"):
         LoRA(init="olora", svd_niter=4, slices={"q_proj": QV})
+
+
+@pytest.mark.parametrize("transposed", [False, True], ids=["Linear", "Conv1D"])
+def test_biases_follow_the_equation_and_are_merged(transposed: bool) -> None:
+    torch.manual_seed(0)
+    base = Conv1D(20, 12) if transposed else nn.Linear(12, 20)
+    nn.init.normal_(base.bias)
+    adapter = LoraLinear(base, LoRA(bias="lora_only", lora_bias=True), rank=4, scale=1.5)
+    assert adapter.lora_bias is not None and adapter.base_bias is not None
+    x = torch.randn(5, 12)
+    assert torch.equal(adapter(x), base(x))
+    for parameter in (adapter.lora_b, adapter.lora_bias, adapter.base_bias):
+        nn.init.normal_(parameter)
+    w, a, b, x64 = float64(base.weight, adapter.lora_a, adapter.lora_b, x)
+    inner, own = float64(adapter.lora_bias, adapter.base_bias)
+    want = x64 @ (w if transposed else w.T) + own + 1.5 * (x64 @ a.T @ b.T + inner)
+    torch.testing.assert_close(adapter(x).double(), want, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(adapter.merged()(x), adapter(x), rtol=1e-5, atol=1e-5)
+    adapter(x).sum().backward()
+    assert all(p.grad is not None for p in (adapter.lora_bias, adapter.base_bias))
+
+
+def test_a_layer_without_a_bias_trains_none_and_cannot_take_bs_in() -> None:
+    base = nn.Linear(12, 20, bias=False)
+    assert LoraLinear(base, LoRA(bias="lora_only"), rank=4, scale=1.0).base_bias is None
+    with pytest.raises(NotMergeableError, match="none to add it to"):
+        LoraLinear(base, LoRA(lora_bias=True), rank=4, scale=1.0).merged()
+    with pytest.raises(TargetError, match="lora_bias: wte is an Embedding, which has no bias"):
+        LoRA(lora_bias=True).wrap(nn.Embedding(4, 4), "wte")
+
+
+def test_bs_bias_covers_all_slices() -> None:
+    options = LoRA(rank=2, alpha=2, lora_bias=True, slices={"qkv": QV})
+    adapter = options.wrap(nn.Linear(4, 12), "qkv")
+    assert isinstance(adapter, LoraLinear) and adapter.lora_bias is not None
+    nn.init.normal_(adapter.lora_bias)
+    x = torch.randn(3, 4)
+    torch.testing.assert_close(adapter(x), adapter.base(x) + adapter.lora_bias)

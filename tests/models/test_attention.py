@@ -26,7 +26,7 @@ from transformers import (
     StableLmConfig,
 )
 
-from lorica.models import attention
+from lorica.kernels import attention
 from lorica.models.attention import packing_support
 
 TINY: dict[str, Any] = {

@@ -15,6 +15,7 @@ from transformers import BertConfig
 import lorica
 from lorica.errors import ModelError
 from lorica.models.load import base_fingerprint, load_config, load_model, load_tokenizer, pick_dtype
+from lorica.models.tasks import CAUSAL, choose_task
 
 
 def test_the_embedded_base_loads_by_name_and_by_folder(base: Path) -> None:
@@ -71,10 +72,10 @@ def test_damaged_files_end_in_a_model_error(base: Path, tmp_path: Path) -> None:
 
 def test_a_model_that_reads_in_both_directions_is_refused(tmp_path: Path) -> None:
     BertConfig(num_hidden_layers=1).save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match="reads in both directions"):
-        load_config(tmp_path)
+    with pytest.raises(ModelError, match=r"reads in both directions.*model\.task=classification"):
+        load_model(tmp_path, task="causal")
     BertConfig(num_hidden_layers=1, is_decoder=True).save_pretrained(tmp_path)
-    assert load_config(tmp_path).is_decoder
+    assert choose_task("causal", load_config(tmp_path)) is CAUSAL
 
 
 def test_the_fingerprint_knows_the_weights_and_nothing_else(tiny_llama: Callable[..., Any]) -> None:

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GPTJC
 import lorica
 from lorica.data.packing import pack, pad
 from lorica.data.tokenized import TokenizedDataset
-from lorica.models import attention
+from lorica.kernels import attention
 from lorica.models import loss as loss_module
 from lorica.models.loss import chunked_cross_entropy, logits_loss, make_loss
 

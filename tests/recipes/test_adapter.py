@@ -17,6 +17,7 @@ from lorica.cli import main
 from lorica.errors import AdapterError, ConfigError
 from lorica.interop.arithmetic import delta
 from lorica.interop.low_rank import read_low_rank
+from lorica.interop.pair_layouts import EMBEDDING
 from lorica.recipes.adapter import combine_adapters, convert, inspect, scale, verify
 from lorica.recipes.opening import open_model
 
@@ -195,7 +196,7 @@ def test_a_loralib_state_becomes_a_folder(tiny_base: Path, tmp_path: Path) -> No
     words = ["adapter", "convert", str(file), "-o", str(tmp_path / "out"), "--base", str(tiny_base), "--alpha", "6"]
     assert main([*words, "--json"]) == 0
     found = read_low_rank(tmp_path / "out")
-    assert found.embeddings == {"model.embed_tokens"}
+    assert {name for name, layout in found.layouts.items() if layout.names == EMBEDDING} == {"model.embed_tokens"}
     for name, pair in found.pairs.items():
         wanted = 3.0 * state[f"{name}.lora_B"] @ state[f"{name}.lora_A"]
         torch.testing.assert_close(delta(pair).float(), wanted, rtol=0, atol=1e-4)

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -120,7 +121,9 @@ def test_damaged_runs_are_shown_with_what_they_have(
     (runs[1] / "result.json").write_text("{")
     (runs[2] / "metrics.jsonl").unlink()
     (runs[2] / "evaluation.json").write_text('{"samples": 3}')
-    (runs[3] / "metrics.jsonl").write_bytes(b'\xff\xfe\n{"step": 1, "loss": 4.0}\n{"step": 2, "lo')
+    text = b'\xff\xfe\n{"step": 1, "loss": 4.0, "seconds": "soon"}\n{"step": 1, "eval_loss": [2]}\n{"step": 2, "lo'
+    (runs[3] / "metrics.jsonl").write_bytes(text)
+    (runs[3] / "result.json").write_text('{"status": "finished", "peak_memory_bytes": "much"}')
     found = compare(runs, output=tmp_path / "c.png")
     a, b, c, d = found.runs
     assert a.notes == [] and found.differences == {}
@@ -128,7 +131,7 @@ def test_damaged_runs_are_shown_with_what_they_have(
     assert (b.status, b.train_loss) == ("unfinished", 3.0)
     assert len(c.notes) == 2 and "metrics.jsonl is missing" in c.notes[0] and "lorica eval" in c.notes[1]
     assert (c.status, c.steps, c.peak_memory_bytes) == ("finished", None, 3 * 2**20)
-    assert (d.steps, d.train_loss, d.tokens) == (1, 4.0, None)
+    assert (d.steps, d.train_loss, d.tokens, d.seconds, d.peak_memory_bytes) == (1, 4.0, None, None, None)
     assert "c: metrics.jsonl is missing." in capsys.readouterr().err
 
 
@@ -148,6 +151,19 @@ def test_what_is_no_run_is_refused_all_at_once(make_run: Make, tmp_path: Path) -
     for runs in ([run], [run, run]):
         with pytest.raises(ConfigError, match="two different runs"):
             compare(runs)
+    for picture, reason in ((tmp_path / "c.txt", r"ends in \.png"), (run / "metrics.jsonl" / "c.png", "cannot be")):
+        with pytest.raises(ConfigError, match=reason):
+            compare([run, make_run(picture.suffix[1:], FIRST)], output=picture)
+
+
+def test_of_many_runs_each_is_a_row(make_run: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Five, of which one is given twice; a table of many columns fits no terminal."""
+    runs = [make_run(name, FIRST, lr=lr) for name, lr in zip("abcde", (1e-3, 1e-3, 1e-3, 2e-3, 2e-3), strict=True)]
+    found = compare([*runs, runs[0]], output=tmp_path / "new" / "c.svg")
+    assert [run.name for run in found.runs] == list("abcde") and Path(found.picture).is_file()
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["run", "train.lr"] in lines and ["d", "0.002"] in lines
+    assert any(line[:4] == ["e", "unfinished", "2", "200"] for line in lines)
 
 
 def test_the_picture_has_every_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,12 +177,13 @@ def test_the_picture_has_every_run(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         save(figure, *arguments, **options)
 
     monkeypatch.setattr(Figure, "savefig", kept)
-    draw_comparison({"a": FIRST, "b": SECOND, "c": []}, tmp_path / "c.png")
+    draw_comparison({"a": FIRST, "_b$x^$": SECOND, "c": []}, tmp_path / "c.png")
     left, right = figures[0].axes
     assert [list(line.get_ydata()) for line in left.get_lines()] == [[4.0, 3.0], [5.0, 4.5], []]
     assert [list(line.get_ydata()) for line in right.get_lines()] == [[3.5, 3.75], [], []]
     (legend,) = figures[0].legends
-    assert [text.get_text() for text in legend.get_texts()] == ["a", "b", "c"]
+    assert [text.get_text().replace("\\", "") for text in legend.get_texts()] == ["a", "_b$x^$", "c"]
+    assert all(tick == int(tick) for tick in right.get_xticks())
     assert (tmp_path / "c.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
@@ -179,6 +196,7 @@ def test_new_answers_are_those_that_generate_gives(
         shutil.copytree(finished, folder)
     (broken / "adapter" / "adapter_model.safetensors").unlink()
     monkeypatch.setattr(recipe, "draw_comparison", lambda curves, file: None)
+    monkeypatch.setattr(recipe, "gc", SimpleNamespace(collect=lambda: 0))
     found = compare([finished, other, broken], samples=2)
     held_out = {example.messages[0].content for example in prepare(load_config(finished).config).eval_examples}
     assert len(found.samples) == 2 and {sample.prompt for sample in found.samples} <= held_out

@@ -27,15 +27,17 @@ def test_no_amount_of_memory(text: str) -> None:
 
 
 def test_units() -> None:
-    assert [console.human_bytes(n) for n in (0, 1023, 1536, 2**30, 200 * 2**20)] == [
+    assert [console.human_bytes(n) for n in (0, 1023, 1536, 2**20 - 1, 2**30, 200 * 2**20)] == [
         "0 B",
         "1023 B",
         "1.5 KiB",
+        "1.0 MiB",
         "1.0 GiB",
         "200 MiB",
     ]
-    assert [console.human_seconds(s) for s in (0.012, 2, 59.97, 75, 7260)] == [
+    assert [console.human_seconds(s) for s in (0.012, 0.9999, 2, 59.97, 75, 7260)] == [
         "12 ms",
+        "1.0 s",
         "2.0 s",
         "1 min 00 s",
         "1 min 15 s",

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import tomllib
+import warnings
 from importlib import metadata
 from pathlib import Path
 
@@ -28,7 +29,7 @@ def test_this_machine(capsys: pytest.CaptureFixture[str]) -> None:
     diagnosis = json.loads(capsys.readouterr().out)
     checks = {check["name"]: check for check in diagnosis["checks"]}
     assert diagnosis["ok"] and checks["torch"]["value"] == metadata.version("torch")
-    assert {"python", "cpu", "gpu", "memory", "disk", "c compiler", "datasets"} <= set(checks)
+    assert {"python", "cpu", "gpu", "memory", "disk", "c compiler", "memory pool", "datasets"} <= set(checks)
     assert all(check["advice"] for check in checks.values() if check["status"] != "ok")
 
 
@@ -64,6 +65,20 @@ def test_memory_is_the_smaller_of_kernel_and_control_group(tmp_path: Path) -> No
     (group / "memory.max").write_text("4000000\n")
     (group / "memory.stat").write_text("anon 2000000\ninactive_file 500000\n")
     assert doctor.available_memory_bytes(tmp_path) == 4000000 - 3000000 + 500000
+
+
+def test_a_pool_that_cannot_be_built_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lorica.kernels import pool
+
+    def fails() -> bool:
+        warnings.warn("pool.cpp cannot be built (there is no c++), so Lorica goes on", RuntimeWarning, stacklevel=1)
+        return False
+
+    monkeypatch.setattr(pool, "has_pool", fails)
+    check = doctor._pool()
+    assert check.status == "warn" and "there is no c++" in check.value and check.advice
+    monkeypatch.setattr(pool, "has_pool", lambda: False)
+    assert "LORICA_KERNELS" in doctor._pool().value
 
 
 def test_the_compiler_is_tried(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

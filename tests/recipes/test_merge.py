@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import lorica
 from lorica.config import RunConfig, dump_yaml, load_config
 from lorica.errors import AdapterError, ConfigError
-from lorica.methods.lora import LoraEmbedding, LoraLinear
+from lorica.methods.lora_kinds import LoraEmbedding, LoraLinear
 from lorica.models.load import base_fingerprint
 from lorica.recipes import merge as recipe
 from lorica.recipes.merge import merge

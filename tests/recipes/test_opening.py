@@ -13,7 +13,7 @@ import lorica
 from lorica.cli import main
 from lorica.config import RunConfig
 from lorica.errors import AdapterError, ConfigError, ModelError
-from lorica.interop.peft import WEIGHTS
+from lorica.interop.folder import WEIGHTS
 from lorica.recipes.opening import Source, find_source, open_model
 
 

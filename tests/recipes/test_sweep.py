@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import csv
 import json
+import math
+import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,11 +17,12 @@ import torch
 
 from lorica.cli import main
 from lorica.config import RunConfig, dump_yaml, load_config
-from lorica.errors import ConfigError, DivergedError, DoesNotFitError, LoricaError
+from lorica.errors import ConfigError, DivergedError, DoesNotFitError, LoricaError, StoppedError
 from lorica.recipes import pictures, report
 from lorica.recipes import sweep as recipe
 from lorica.recipes import train as train_recipe
 from lorica.recipes.arms import arm_name, make_arms, split_values
+from lorica.recipes.preparing import prepare
 from lorica.recipes.sweep import ArmResult, SweepResult, sweep
 from lorica.recipes.train import train
 from lorica.training.checkpoint import find_checkpoints, read_checkpoint
@@ -30,9 +35,17 @@ WEIGHTS = "adapter/adapter_model.safetensors"
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _no_pictures() -> Iterator[None]:
-    """Drawing takes longer than training here; `test_the_picture_shows_every_arm` draws."""
+def _quick() -> Iterator[None]:
+    """Drawing, reading the rows and collecting garbage each take longer than training here; other tests do them."""
+    known: dict[str, Any] = {}
+
+    def prepare_once(config: RunConfig) -> Any:
+        rows = repr((config.model.base, config.data, config.train.seed))
+        return known[rows] if rows in known else known.setdefault(rows, prepare(config))
+
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recipe, "prepare", prepare_once)
+        patch.setattr(recipe, "gc", SimpleNamespace(collect=lambda: 0))
         patch.setattr(report, "draw_curves", lambda rows, file: file.write_bytes(b""))
         patch.setattr(recipe, "draw_sweep", lambda results, file: file.write_bytes(b""))
         yield
@@ -71,6 +84,40 @@ def count_training(monkeypatch: pytest.MonkeyPatch, act: Callable[[int], None] =
     return folders
 
 
+Act = Callable[[float, int], None]
+
+
+@pytest.fixture
+def pretend(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[tuple[float, int]]]:
+    """pretend(act): `train` only writes a log, in which 1e-2 is ahead of 1e-3 and 1e-5; `act` may raise before.
+
+    Gives the list of its calls: learning rate and step.
+    """
+
+    def install(act: Act = lambda lr, step: None) -> list[tuple[float, int]]:
+        calls: list[tuple[float, int]] = []
+
+        def log_only(run: Any, *, resume: str, stop_at: int, data: Any) -> None:
+            lr, folder = run.config.train.lr, Path(run.config.train.output)
+            calls.append((lr, stop_at))
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "config.yaml").write_text(run.dump_yaml())
+            act(lr, stop_at)
+            rows: list[dict[str, Any]] = [{"step": step, "loss": 9.0} for step in range(1, stop_at + 1)]
+            for step in range(4, stop_at + 1, 4):
+                loss = abs(math.log10(lr) + 2) + 1 / step if lr < 1 else None
+                rows.append({"step": step, "eval_loss": loss})
+            (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+        monkeypatch.setattr(recipe, "train", log_only)
+        return calls
+
+    return install
+
+
+Pretend = Callable[..., list[tuple[float, int]]]
+
+
 # Which arms there are
 
 
@@ -104,6 +151,14 @@ def test_the_arms_are_the_grid_in_its_order(run_yaml: Path) -> None:
     assert arms[-1].values == {"train.lr": 1e-3, "method.rank": 16}
     assert (last.train.lr, last.train.epochs) == (1e-3, 3.0)
     assert arms[-1].folder == run_yaml.parent / "run-sweep" / "lr=0.001,rank=16"
+
+
+def test_a_key_inside_a_mapping_has_a_value_too(run_yaml: Path) -> None:
+    arms = make_arms(run_yaml, ["method.rank_pattern.q_proj=2,16", "train.lr=0.5"])
+    assert [(arm.name, arm.values) for arm in arms] == [
+        ("q_proj=2", {"method.rank_pattern.q_proj": 2}),
+        ("q_proj=16", {"method.rank_pattern.q_proj": 16}),
+    ]
 
 
 def test_more_samples_include_the_fewer(run_yaml: Path) -> None:
@@ -217,13 +272,9 @@ def test_rungs_lie_on_evaluations_and_not_two_on_one(run_yaml: Path) -> None:
 def test_without_halving_all_come_to_their_end_and_the_best_is_the_minimum(
     swept: SweepResult, monkeypatch: pytest.MonkeyPatch, run_yaml: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """On the folder of the halved sweep: what had finished is not repeated, what was stopped goes on."""
-    import shutil
-
+    """On a copy of the halved sweep's folder: what had finished is not repeated, what was stopped goes on there."""
     folder = Path(swept.output).with_name("copy")
     shutil.copytree(swept.output, folder)
-    for file in folder.glob("*/config.yaml"):
-        file.write_text(file.read_text().replace(str(Path(swept.output)), str(folder)))
     folders = count_training(monkeypatch)
     result = sweep(run_yaml, [LRS, "method.rank=2"], output=folder, halving=False)
     assert sorted(path.name for path in folders) == ["lr=0.001", "lr=1e-05"]
@@ -257,25 +308,48 @@ def test_a_second_time_nothing_is_trained(swept: SweepResult, run_yaml: Path, mo
     assert folders == []
 
 
-def test_it_goes_on_after_an_interruption(swept: SweepResult, run_yaml: Path, tmp_path: Path) -> None:
-    def interrupt(number: int) -> None:
-        if number == 3:
-            raise KeyboardInterrupt
-
-    def figures(result: SweepResult) -> list[tuple[Any, ...]]:
-        return [(arm.name, arm.status, arm.step, arm.eval_loss, arm.train_loss, arm.tokens) for arm in result.arms]
+def test_it_goes_on_after_an_interruption(run_yaml: Path, tmp_path: Path, pretend: Pretend) -> None:
+    def interrupt(lr: float, step: int) -> None:
+        if lr == 1e-3:
+            raise StoppedError("A checkpoint was saved; --resume auto goes on from there.", 2)
 
     output = tmp_path / "sweep"
-    with pytest.MonkeyPatch.context() as patch:
-        count_training(patch, interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            sweep(run_yaml, [LRS, "method.rank=2"], output=output)
-        done = json.loads((output / "sweep.json").read_text())["arms"]
-        assert {name: arm["step"] for name, arm in done.items()} == {"lr=1e-05": RUNG, "lr=0.01": RUNG}
-    with pytest.MonkeyPatch.context() as patch:
-        folders = count_training(patch)
-        assert figures(sweep(run_yaml, [LRS, "method.rank=2"], output=output)) == figures(swept)
-        assert [path.name for path in folders] == ["lr=0.001", "lr=0.01"]
+    pretend(interrupt)
+    with pytest.raises(StoppedError, match=r"lr=0\.001: .* The same command goes on") as caught:
+        sweep(run_yaml, [LRS], output=output)
+    assert caught.value.exit_code == 130
+    done = json.loads((output / "sweep.json").read_text())["arms"]
+    assert {name: arm["step"] for name, arm in done.items()} == {"lr=1e-05": RUNG, "lr=0.01": RUNG}
+    calls = pretend()
+    goes_on = sweep(run_yaml, [LRS], output=output)
+    assert calls == [(1e-3, RUNG), (1e-2, NUM_STEPS)]
+    at_once = sweep(run_yaml, [LRS], output=tmp_path / "other")
+    assert [replace(arm, folder="") for arm in goes_on.arms] == [replace(arm, folder="") for arm in at_once.arms]
+
+
+def test_the_best_configuration_is_that_of_the_arm_whatever_becomes_of_the_file(
+    run_yaml: Path, tmp_path: Path, pretend: Pretend
+) -> None:
+    file = tmp_path / "run.yaml"
+    shutil.copy(run_yaml, file)
+    pretend(lambda lr, step: file.write_text("train: {lr: 7}"))
+    result = sweep(file, [LRS], output=tmp_path / "sweep")
+    assert (
+        load_config(result.best_config).config
+        == load_config(run_yaml, ["train.lr=1e-2", f"train.output={tmp_path / 'sweep' / 'best'}"]).config
+    )
+
+
+def test_an_arm_that_lost_its_log_is_named(run_yaml: Path, tmp_path: Path, pretend: Pretend) -> None:
+    pretend()
+    sweep(run_yaml, [LRS], output=tmp_path / "sweep")
+    (tmp_path / "sweep" / "lr=0.001" / "metrics.jsonl").unlink()
+    with pytest.raises(ConfigError, match=r"lr=0\.001 has lost its metrics\.jsonl"):
+        sweep(run_yaml, [LRS], output=tmp_path / "sweep")
+    shutil.rmtree(tmp_path / "sweep" / "lr=0.001")
+    calls = pretend()
+    sweep(run_yaml, [LRS], output=tmp_path / "sweep")
+    assert calls == [(1e-3, RUNG)]
 
 
 def test_another_sweep_in_the_folder_is_refused_and_more_values_are_fine(
@@ -308,59 +382,58 @@ def test_another_sweep_in_the_folder_is_refused_and_more_values_are_fine(
 # Arms that fail
 
 
-def test_arms_that_fail_are_rows_with_a_reason(run_yaml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_arms_that_fail_are_rows_with_a_reason(run_yaml: Path, tmp_path: Path, pretend: Pretend) -> None:
     """The arm that was ahead diverges after the rung: the next best one takes its place."""
 
-    def fail(run: Any, **options: Any) -> Any:
-        if run.config.train.lr == 1e-2 and options["stop_at"] == NUM_STEPS:
+    def fail(lr: float, step: int) -> None:
+        if lr == 1e-2 and step == NUM_STEPS:
             raise DivergedError("the loss is NaN")
-        if run.config.train.lr == 5.0:
+        if lr == 0.5:
             raise DoesNotFitError("too large")
-        return train(run, **options)
 
-    monkeypatch.setattr(recipe, "train", fail)
-    result = sweep(run_yaml, [f"{LRS},5"], output=tmp_path / "sweep")
-    # Two of four were kept, so one of them is left.
+    pretend(fail)
+    result = sweep(run_yaml, [f"{LRS},0.5,7"], output=tmp_path / "sweep")
+    # Two of five were kept, so one of them is left. 7 has no evaluation loss that is a number.
     assert [(arm.values["train.lr"], arm.status, arm.step) for arm in result.arms] == [
         (1e-3, "finished", NUM_STEPS),
         (1e-5, "stopped", RUNG),
         (1e-2, "diverged", RUNG),
-        (5.0, "does not fit", 0),
+        (7.0, "diverged", RUNG),
+        (0.5, "does not fit", 0),
     ]
-    assert [(arm.eval_loss, arm.reason) for arm in result.arms[2:]] == [(None, "the loss is NaN"), (None, "too large")]
+    assert [arm.eval_loss for arm in result.arms[2:]] == [None] * 3
+    assert [arm.reason.split(";")[0] for arm in result.arms[2:]] == [
+        "the loss is NaN",
+        "None of its evaluation losses is a finite number",
+        "too large",
+    ]
     rows = list(csv.DictReader((tmp_path / "sweep" / "sweep.csv").open()))
-    assert rows[3]["reason"] == "too large" and rows[3]["eval_loss"] == ""
+    assert rows[4]["reason"] == "too large" and rows[4]["eval_loss"] == ""
 
 
-def test_the_next_best_takes_the_place_of_all_that_fail(
-    run_yaml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    trained: list[tuple[float, int]] = []
-
-    def fail(run: Any, **options: Any) -> Any:
-        trained.append((run.config.train.lr, options["stop_at"]))
-        if options["stop_at"] == NUM_STEPS and run.config.train.lr != 1e-3:
+def test_the_next_best_takes_the_place_of_all_that_fail(run_yaml: Path, tmp_path: Path, pretend: Pretend) -> None:
+    def fail(lr: float, step: int) -> None:
+        if step == NUM_STEPS and lr != 1e-3:
             raise DivergedError("the loss is NaN")
-        return train(run, **options)
 
-    monkeypatch.setattr(recipe, "train", fail)
+    calls = pretend(fail)
     assert sweep(run_yaml, [LRS], output=tmp_path / "sweep").best == "lr=0.001"
-    assert trained[3:] == [(1e-2, NUM_STEPS), (1e-3, NUM_STEPS)]
+    assert calls[3:] == [(1e-2, NUM_STEPS), (1e-3, NUM_STEPS)]
     # Halving is decided anew from what was recorded: that the first one failed later changes nothing before.
-    assert sweep(run_yaml, [LRS], output=tmp_path / "sweep").best == "lr=0.001" and len(trained) == 5
+    assert sweep(run_yaml, [LRS], output=tmp_path / "sweep").best == "lr=0.001" and len(calls) == 5
 
 
-def test_a_sweep_in_which_all_fail_says_where_the_reasons_are(
-    run_yaml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(run: Any, **options: Any) -> Any:
-        raise MemoryError
+def test_a_sweep_in_which_all_fail_says_where_the_reasons_are(run_yaml: Path, tmp_path: Path, pretend: Pretend) -> None:
+    def fail(lr: float, step: int) -> None:
+        if lr < 1:
+            raise MemoryError
 
-    monkeypatch.setattr(recipe, "train", fail)
+    pretend(fail)
     with pytest.raises(LoricaError, match=r"sweep\.csv"):
-        sweep(run_yaml, [LRS], output=tmp_path / "sweep")
-    rows = list(csv.DictReader((tmp_path / "sweep" / "sweep.csv").open()))
-    assert {(row["status"], row["reason"]) for row in rows} == {("does not fit", "MemoryError")}
+        sweep(run_yaml, [f"{LRS},7"], output=tmp_path / "sweep")
+    rows = {row["arm"]: row for row in csv.DictReader((tmp_path / "sweep" / "sweep.csv").open())}
+    assert rows.pop("lr=7.0")["status"] == "diverged"
+    assert {(row["status"], row["reason"]) for row in rows.values()} == {("does not fit", "MemoryError")}
     assert not (tmp_path / "sweep" / "best.yaml").exists()
 
 
@@ -369,6 +442,11 @@ def test_a_loss_that_diverges_in_earnest(run_yaml: Path, tmp_path: Path, monkeyp
     result = sweep(run_yaml, ["train.lr=1e-2,1e30", "train.max_steps=8", "train.clip=1e30"], output=tmp_path / "sweep")
     assert [(arm.values["train.lr"], arm.status) for arm in result.arms] == [(1e-2, "finished"), (1e30, "diverged")]
     assert "lower train.lr" in result.arms[1].reason
+    # After a single step nothing was NaN but the evaluation, and the adapter cannot be proved.
+    with pytest.raises(LoricaError, match="No arm came to its end"):
+        sweep(run_yaml, ["train.lr=1e29,1e30", "train.max_steps=1", "train.clip=1e30"], output=tmp_path / "one")
+    rows = list(csv.DictReader((tmp_path / "one" / "sweep.csv").open()))
+    assert [(row["status"], row["step"]) for row in rows] == [("diverged", "1")] * 2
 
 
 # The picture and the command line
@@ -386,7 +464,7 @@ def arm(values: dict[str, Any], status: str, loss: float | None) -> ArmResult:
         ("method.targets", ["all-linear", ["q_proj", "v_proj"], None], "linear"),
     ],
 )
-def test_the_picture_shows_every_arm(key: str, values: list[Any], scale: str, tmp_path: Path) -> None:
+def test_the_picture_shows_every_arm(key: str, values: list[Any], scale: str) -> None:
     from matplotlib.figure import Figure
 
     arms = [arm({key: values[0]}, "finished", 1.0), arm({key: values[1]}, "stopped", 2.0)]
@@ -397,23 +475,48 @@ def test_the_picture_shows_every_arm(key: str, values: list[Any], scale: str, tm
     marks = [(line.get_marker(), line.get_markerfacecolor()) for line in panel.get_lines()]
     assert sorted(mark for mark, _ in marks) == ["*", "o", "o", "x"] and ("o", "none") in marks
     assert len(panel.get_xticks()) == 3
-    pictures.draw_sweep(arms, tmp_path / "sweep.png")
-    assert (tmp_path / "sweep.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
-def test_two_keys_make_a_line_for_each_value_of_the_other() -> None:
+def test_two_keys_make_lines_between_arms_that_were_trained_equally_far() -> None:
+    """A colour for each value of the other key; solid between those at their end, which may be other steps."""
     from matplotlib.figure import Figure
 
+    ends = {0.1: ("stopped", 4), 0.2: ("finished", 24), 0.3: ("stopped", 8), 0.4: ("finished", 20), 0.5: ("stopped", 4)}
     arms = [
-        arm({"train.lr": lr, "method.rank": rank}, "finished", lr + rank) for lr in (0.1, 0.2, 0.3) for rank in (16, 8)
+        replace(arm({"train.lr": lr, "method.rank": rank}, status, lr + rank), step=step)
+        for lr, (status, step) in ends.items()
+        for rank in (16, 8)
     ]
     panel = Figure().subplots()
     names = {"train.lr": "lr", "method.rank": "rank"}
     pictures._draw_key(panel, arms, "train.lr", ["method.rank"], names)
-    lines = {
-        str(line.get_label()): list(line.get_ydata()) for line in panel.get_lines() if "=" in str(line.get_label())
+    legend = panel.get_legend()
+    assert legend is not None and [text.get_text() for text in legend.get_texts()] == ["rank = 8", "rank = 16"]
+    colours = [line.get_color() for line in legend.get_lines()]
+    lines = [line for line in panel.get_lines() if len(list(line.get_xdata())) > 1]
+    found = {(line.get_color(), line.get_linestyle(), *line.get_ydata()) for line in lines}
+    assert found == {
+        (colours[0], "-", 8.2, 8.4),
+        (colours[0], ":", 8.1, 8.5),
+        (colours[1], "-", 16.2, 16.4),
+        (colours[1], ":", 16.1, 16.5),
     }
-    assert lines == {"rank = 8": [8.1, 8.2, 8.3], "rank = 16": [16.1, 16.2, 16.3]}
+
+
+def test_names_are_drawn_as_they_are(tmp_path: Path) -> None:
+    """Dollars are no TeX, which may be wrong TeX, and a leading underscore hides nothing."""
+    from matplotlib.figure import Figure
+
+    values = ["(q$|k$_^)", "_x", ["a$", "b$"]]
+    arms = [arm({"method.targets": v, "train.lr": lr}, "finished", 1.0) for v in values for lr in (1e-4, 1.1e-4, 1e-2)]
+    pictures.draw_sweep(arms, tmp_path / "sweep.png")
+    assert (tmp_path / "sweep.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    panel = Figure().subplots()
+    pictures._draw_key(panel, arms, "train.lr", ["method.targets"], {"method.targets": "targets"})
+    legend = panel.get_legend()
+    assert legend is not None and [text.get_text() for text in legend.get_texts()][2] == "targets = _x"
+    # Two of the numbers are too near each other to be read on a logarithmic axis.
+    assert list(panel.get_xticks()) == [0, 1, 2] and panel.get_xscale() == "linear"
 
 
 def test_the_command_line(run_yaml: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

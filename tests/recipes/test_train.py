@@ -140,7 +140,7 @@ def refuse_models(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*arguments: Any, **options: Any) -> None:
         raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr(recipe, "load_model", refuse)
+    monkeypatch.setattr(recipe, "load_with_head", refuse)
 
 
 @pytest.fixture(scope="module")
@@ -310,8 +310,8 @@ def test_killed_where_it_hurts_the_resumed_run_is_the_same_run(
         return lambda: before_call(loop, "_is_due", act)
 
     def inside_step() -> None:
-        # Resumed from step 3, a step is two micro batches: the ninth call is in the middle of the fifth.
-        kill_before(loop, "pack", 9)
+        # Its batches are made and its learning rate is set; the fifth step from where it resumed.
+        kill_before(loop, "_accumulate_gradients", 4)
 
     for wound in (
         at_step(5),
@@ -920,7 +920,7 @@ def test_a_base_that_cannot_pack_trains_padded(
     again = make_config(tmp_path / "again", base=base)
 
     def work() -> None:
-        kill_before(loop, "pad", 12)
+        kill_before(loop, "_batches", 12)
         lorica.train(again)
 
     assert in_child(work) == -signal.SIGKILL and steps(tmp_path / "again")

@@ -14,9 +14,12 @@ import lorica
 from lorica.config import RunConfig, load_config
 from lorica.errors import NotMergeableError
 from lorica.methods.adalora import AdaLoRA
+from lorica.methods.attach import in_front
 from lorica.methods.bottleneck import Bottleneck
 from lorica.methods.full import FullFineTuning
 from lorica.methods.method import MethodOptions
+from lorica.methods.prefix import PrefixTuning
+from lorica.methods.ptuning import PTuning
 from lorica.models.load import load_model
 from lorica.recipes.merge import merge
 from lorica.recipes.opening import open_model
@@ -26,7 +29,13 @@ from lorica.training.metrics import read_metrics
 from lorica.training.rehearsal import rehearse
 
 Config = Callable[..., RunConfig]
-METHODS: dict[str, MethodOptions] = {"bottleneck": Bottleneck(size=8), "full": FullFineTuning()}
+METHODS: dict[str, MethodOptions] = {
+    "bottleneck": Bottleneck(size=8),
+    "full": FullFineTuning(),
+    "prefix": PrefixTuning(num_virtual_tokens=8),
+    "ptuning": PTuning(num_virtual_tokens=8, encoder="lstm"),
+}
+NOT_MERGEABLE = {"bottleneck": "not linear", "prefix": "keys and values", "ptuning": "in front of the text"}
 
 
 @pytest.fixture(scope="module", params=METHODS)
@@ -37,7 +46,7 @@ def name(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="module")
 def configure(make_config: Config, name: str) -> Config:
     def configure(folder: Path, **train: Any) -> RunConfig:
-        return make_config(folder, **{"max_steps": 8, **train}).model_copy(update={"method": METHODS[name]})
+        return make_config(folder, **{"max_steps": 8, "lr": 2e-2, **train}).model_copy(update={"method": METHODS[name]})
 
     return configure
 
@@ -58,8 +67,9 @@ def test_it_learns_and_leaves_the_base_alone(straight: Path, tiny_base: Path) ->
     assert losses(straight)[-1] < losses(straight)[0] - 0.05
     model, _, _ = open_model(straight)
     base = load_model(tiny_base, dtype="float32", device="cpu")
-    ids = torch.arange(40, 60)[None]
-    assert not torch.allclose(model(ids).logits, base(ids).logits, atol=1e-2)
+    ids, virtual = torch.arange(40, 60)[None], torch.tensor(in_front(model)[0], dtype=torch.int64)
+    adapted = model(torch.cat([virtual[None], ids], 1)).logits[:, len(virtual) :]
+    assert not torch.allclose(adapted, base(ids).logits, atol=1e-2)
     assert torch.equal(lorica.detach(model)(ids).logits, base(ids).logits)
 
 
@@ -111,8 +121,8 @@ def test_it_is_planned_by_its_name(name: str, capsys: pytest.CaptureFixture[str]
 
 
 def test_what_can_be_merged_is_a_plain_model(name: str, straight: Path, tmp_path: Path) -> None:
-    if name == "bottleneck":
-        with pytest.raises(NotMergeableError, match="not linear"):
+    if name in NOT_MERGEABLE:
+        with pytest.raises(NotMergeableError, match=NOT_MERGEABLE[name]):
             merge(straight, tmp_path / "merged")
         return
     merge(straight, tmp_path / "merged")

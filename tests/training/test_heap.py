@@ -15,8 +15,8 @@ def test_the_smallest_hole_that_is_large_enough_is_taken() -> None:
     full = heap.top
     for key in (0, 2, 4):
         heap.free(key)
-    heap.allocate(10, 192)
-    heap.allocate(11, 320)
+    heap.allocate(10, 320)
+    heap.allocate(11, 192)
     heap.allocate(12, 640)
     assert heap.top == full == 1344
 

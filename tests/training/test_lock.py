@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import shutil
@@ -53,6 +54,11 @@ def test_what_the_lock_created_goes_if_nothing_came_of_it(tmp_path: Path) -> Non
     with RunLock(tmp_path / "runs"):
         (tmp_path / "runs" / "metrics.jsonl").touch()
     assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["lock", "metrics.jsonl"]
+    assert (tmp_path / "runs" / "lock").read_text() == ""
+    (tmp_path / "runs" / "metrics.jsonl").unlink()
+    with RunLock(tmp_path / "runs"):
+        pass
+    assert (tmp_path / "runs" / "lock").exists(), "it was there before"
 
 
 def test_a_lock_whose_file_is_removed_while_it_is_taken_is_taken_again(
@@ -80,6 +86,15 @@ def test_a_lock_whose_file_is_removed_while_it_is_taken_is_taken_again(
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"file/run.*train\.output"), RunLock(tmp_path / "file" / "run"):
+        pass
+
+
+def test_a_file_system_without_locks_is_no_other_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def flock(descriptor: int, how: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(ConfigError, match="cannot be locked: No locks available"), RunLock(tmp_path):
         pass
 
 

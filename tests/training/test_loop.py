@@ -3,6 +3,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import shutil
 import signal
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
@@ -13,13 +14,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lorica.data.sampler import Order
+from lorica.data import layouts
+from lorica.data.sampler import Order, micro_batches
+from lorica.data.tokenized import TokenizedDataset
 from lorica.errors import CheckpointError, DivergedError, DoesNotFitError, StoppedError
-from lorica.methods.attach import adapt, trainable_parameters
-from lorica.methods.lora import LoRA, LoraLinear
+from lorica.methods.attach import adapt, adapters, trainable_parameters, trained_state
+from lorica.methods.lora import LoRA
+from lorica.methods.lora_kinds import LoraLinear
 from lorica.models.loss import make_loss
 from lorica.training import loop
-from lorica.training.checkpoint import Checkpoint, find_checkpoints, latest_valid, read_checkpoint
+from lorica.training.checkpoint import Checkpoint, find_checkpoints, latest_valid, read_checkpoint, restore_trained
 from lorica.training.metrics import read_metrics
 
 from .conftest import IDENTITY, Bigram, in_child, kill_self, make_dataset, make_model, make_order, summed_loss
@@ -124,7 +128,7 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(
     # How many micro batches are seen before each step begins.
     firsts = [0]
     for step in range(order.num_steps):
-        firsts.append(firsts[-1] + len(loop.micro_batches(order.batch(step), dataset.lengths, 15)))
+        firsts.append(firsts[-1] + len(micro_batches(order.batch(step), dataset.lengths, 15)))
     epoch_end = order.num_steps // 2
     assert order.epoch(epoch_end) == 1.0 and firsts[7] - firsts[6] > 2
     named = {"epoch's end": firsts[epoch_end], "last step": firsts[-1] - 1, "accumulation": firsts[6] + 2}
@@ -192,7 +196,9 @@ def test_a_process_killed_while_training_resumes_to_the_same_end(train: Train, t
 
 def test_a_damaged_checkpoint_is_passed_over_and_the_end_is_the_same(train: Train, tmp_path: Path) -> None:
     train(keep_checkpoints=9)
-    expected, folder = last(tmp_path / "run"), tmp_path / "run" / "checkpoints"
+    # A checkpoint is read when its tensors are asked for.
+    shutil.copytree(tmp_path / "run", tmp_path / "before")
+    expected, folder = last(tmp_path / "before"), tmp_path / "run" / "checkpoints"
     expected_rows = rows(tmp_path / "run")
     for path in find_checkpoints(folder)[-2:]:
         (path / "optimizer.safetensors").write_bytes(b"")
@@ -357,7 +363,7 @@ def test_accumulation_gives_the_gradient_of_the_mean_over_all_tokens(train: Trai
     (total / count).backward()
     whole = gradient(train, tmp_path / "whole", micro_batch_tokens=10_000)
     single = gradient(train, tmp_path / "single", micro_batch_tokens=1)
-    padded = gradient(train, tmp_path / "padded", micro_batch_tokens=30, padded=True, pad_id=5)
+    padded = gradient(train, tmp_path / "padded", micro_batch_tokens=30, layout=layouts.padded(5))
     for name, parameter in trainable_parameters(model).items():
         assert parameter.grad is not None
         for found in (whole, single, padded):
@@ -516,7 +522,7 @@ def test_a_transformer_resumes_bit_for_bit(train: Train, tmp_path: Path, tiny_ll
 
     def run(folder: Path, **arguments: Any) -> None:
         model = make()
-        train(folder=folder, model=model, loss_fn=make_loss(model), padded=True, pad_id=3, **arguments)
+        train(folder=folder, model=model, loss_fn=make_loss(model), layout=layouts.padded(3), **arguments)
 
     run(tmp_path / "straight", keep_checkpoints=99)
     half = find_checkpoints(tmp_path / "straight" / "checkpoints")[1]
@@ -524,3 +530,98 @@ def test_a_transformer_resumes_bit_for_bit(train: Train, tmp_path: Path, tiny_ll
     run(tmp_path / "straight", resume=read_checkpoint(half))
     same_run(last(tmp_path / "straight"), expected)
     assert rows(tmp_path / "straight") == expected_rows
+
+
+def relora_by_hand(dataset: TokenizedDataset, order: Order, every: int, lr: float) -> dict[str, Tensor]:
+    """ReLoRA as its paper writes it: the base is written, and each part of the run is a new LoRA with a new AdamW."""
+    model = make_model(dropout=0.0)
+    pairs = {name: a for name, a in adapters(model).items() if isinstance(a, LoraLinear)}
+    ours: dict[str, Tensor] = {}
+    model.double()
+    for step in range(order.num_steps):
+        if step % every == 0:
+            if step:
+                for adapter in pairs.values():
+                    adapter.base.weight += adapter.scale * adapter.lora_b.detach() @ adapter.lora_a.detach()
+                    fresh = nn.init.kaiming_uniform_(torch.empty(adapter.lora_a.shape), a=math.sqrt(5))
+                    adapter.lora_a.data, adapter.lora_b.data = fresh.double(), torch.zeros_like(adapter.lora_b)
+            optimizer = torch.optim.AdamW(trainable_parameters(model).values(), weight_decay=0.0)
+        # A constant rate without a warm-up: the first step of each part but the first is half a one.
+        optimizer.param_groups[0]["lr"] = lr * (0.5 if step and step % every == 0 else 1.0)
+        total, count = torch.zeros((), dtype=torch.float64), 0
+        for index in order.batch(step):
+            ids, labels = (torch.from_numpy(array.astype("int64")) for array in dataset[int(index)])
+            total = total + nn.functional.cross_entropy(model(ids[:-1]), labels[1:], ignore_index=-100, reduction="sum")
+            count += int((labels[1:] != -100).sum())
+        optimizer.zero_grad()
+        (total / count).backward()
+        optimizer.step()
+    for name, adapter in pairs.items():
+        ours[name] = adapter.base.weight + adapter.scale * adapter.lora_b.detach() @ adapter.lora_a.detach()
+    return ours
+
+
+def test_restarts_train_as_relora_does_without_writing_the_base(train: Train) -> None:
+    dataset = make_dataset()
+    order, model = make_order(dataset), make_model(dropout=0.0)
+    assert order.num_steps > 6
+    train(model=model, restart_every=3, clip=0.0, schedule="constant", warmup=0.0)
+    torch.manual_seed(8)
+    expected = relora_by_hand(dataset, order, every=3, lr=0.01)
+    for name, adapter in adapters(model).items():
+        assert isinstance(adapter, LoraLinear) and adapter.rank == 4 * (1 + (order.num_steps - 1) // 3)
+        found = adapter.base.weight.double() + adapter.delta_weight().double()
+        torch.testing.assert_close(found, expected[name], rtol=1e-4, atol=1e-5)
+        assert torch.equal(adapter.base.weight, make_model().get_submodule(name).base.weight)
+
+
+def test_only_what_is_fresh_has_fresh_moments(train: Train, tmp_path: Path) -> None:
+    """An embedding's pair does not restart: it goes on as it is."""
+    torch.manual_seed(7)
+    model = adapt(Bigram(), LoRA(rank=4, alpha=8.0, targets=("embedding", "head")))
+    _, result = train(model=model, restart_every=4)
+    tensors = last(tmp_path / "run").tensors["optimizer"]
+    steps = {name.removesuffix(".step"): int(tensors[name]) for name in tensors if name.endswith(".step")}
+    fresh = (result.step - 1) % 4 + 1
+    assert steps == {
+        f"{n}.lora_{h}": {"embedding": result.step, "head": fresh}[n] for n in ("embedding", "head") for h in "ab"
+    }
+    assert fresh < result.step
+
+
+@pytest.mark.parametrize("at", [1, 2, 3])
+def test_a_run_with_restarts_resumes_bit_for_bit(train: Train, tmp_path: Path, at: int) -> None:
+    """From a checkpoint before, at and after a restart, one or several of them away from the end."""
+    options: dict[str, Any] = {"restart_every": 4, "keep_checkpoints": 99}
+    train(folder=tmp_path / "straight", **options)
+    early = read_checkpoint(find_checkpoints(tmp_path / "straight" / "checkpoints")[at])
+    assert early.step == 2 * at + 2
+    torch.manual_seed(99)
+    train(resume=early, model=scrambled(make_model()), **options)
+    same_run(last(tmp_path / "run"), last(tmp_path / "straight"))
+
+
+def test_earlier_weights_with_fewer_restarts_can_be_taken(train: Train, tmp_path: Path) -> None:
+    model, _ = train(restart_every=3, keep_checkpoints=99)
+    early = read_checkpoint(find_checkpoints(tmp_path / "run" / "checkpoints")[1])
+    late = read_checkpoint(find_checkpoints(tmp_path / "run" / "checkpoints")[-1])
+    for checkpoint in (early, late, early):
+        restore_trained(model, checkpoint.tensors["trainable"])
+        state = trained_state(model)
+        assert state.keys() == checkpoint.tensors["trainable"].keys()
+        assert all(torch.equal(tensor, checkpoint.tensors["trainable"][name]) for name, tensor in state.items())
+
+
+def test_a_factor_of_the_learning_rate_stays_through_the_schedule(train: Train, tmp_path: Path) -> None:
+    """LoRA+ from the options to the step: B moves by its ratio, A as ever."""
+    dataset = make_dataset(8)
+    order, moves = Order(dataset.lengths, seed=0, batch_tokens=10_000, epochs=1.0), []
+    for ratio in (1.0, 8.0):
+        torch.manual_seed(7)
+        model = adapt(Bigram(), LoRA(rank=4, alpha=8.0, lr_ratio=ratio))
+        before = {name: p.detach().clone() for name, p in trainable_parameters(model).items()}
+        train(folder=tmp_path / str(ratio), dataset=dataset, order=order, model=model, warmup=3)
+        moves.append({name: p.detach() - before[name] for name, p in trainable_parameters(model).items()})
+        assert rows(tmp_path / str(ratio))[0]["lr"] == 0.0025
+    for name, move in moves[1].items():
+        torch.testing.assert_close(move, moves[0][name] * (8.0 if name.endswith("lora_b") else 1.0))

@@ -86,3 +86,11 @@ def test_tensorboard_gets_the_scalars_where_it_is_installed(tmp_path: Path) -> N
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 2.0), (3, 1.5)]
+
+
+def test_sync_waits_for_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flushed: list[int] = []
+    with MetricsLog(tmp_path) as log:
+        monkeypatch.setattr(os, "fsync", lambda descriptor: flushed.append(os.fstat(descriptor).st_ino))
+        log.sync()
+    assert flushed == [(tmp_path / "metrics.jsonl").stat().st_ino]

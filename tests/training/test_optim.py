@@ -6,8 +6,20 @@ import pytest
 import torch
 from torch import nn
 
+import lorica
 from lorica.errors import CheckpointError
-from lorica.training.optim import clip_gradients, load_optimizer_tensors, make_optimizer, optimizer_tensors
+from lorica.methods.attach import lr_factors
+from lorica.methods.dora import DoRA
+from lorica.methods.lora import LoRA
+from lorica.training.optim import (
+    clip_gradients,
+    forget_moments,
+    load_optimizer_tensors,
+    make_optimizer,
+    optimizer_tensors,
+    set_learning_rate,
+)
+from tests.interop.small_models import llama
 
 
 def make_parameters() -> dict[str, nn.Parameter]:
@@ -96,3 +108,74 @@ def test_a_gradient_that_is_no_number_shows_in_the_norm(value: float) -> None:
 
 def test_without_gradients_the_norm_is_zero() -> None:
     assert clip_gradients(make_parameters().values(), 1.0).item() == 0.0
+
+
+def test_a_factor_is_a_group_of_its_own_and_each_follows_adamw() -> None:
+    """LoRA+, against the update written out in float64, over steps whose learning rate changes."""
+    parameters = make_parameters()
+    optimizer = make_optimizer(
+        parameters, lr=0.1, betas=(0.9, 0.99), epsilon=1e-8, weight_decay=0.5, lr_factors={"matrix": 16.0}
+    )
+    names = {id(p): name for name, p in parameters.items()}
+    groups = {names[id(p)]: (g["lr"], g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]}
+    assert groups == {"matrix": (1.6, 0.5), "unused": (0.1, 0.5), "vector": (0.1, 0.0)}
+    want = {name: parameters[name].detach().double().clone() for name in ("matrix", "vector")}
+    moments = {name: (torch.zeros_like(w), torch.zeros_like(w)) for name, w in want.items()}
+    for number, lr in enumerate((0.1, 0.07, 0.02), start=1):
+        set_learning_rate(optimizer, lr)
+        step(parameters, optimizer, seed=number)
+        for name, (m, v) in moments.items():
+            gradient, rate = parameters[name].grad, lr * (16.0 if name == "matrix" else 1.0)
+            assert gradient is not None
+            m.mul_(0.9).add_(0.1 * gradient.double())
+            v.mul_(0.99).add_(0.01 * gradient.double() ** 2)
+            direction = (m / (1 - 0.9**number)) / ((v / (1 - 0.99**number)).sqrt() + 1e-8)
+            want[name] = want[name] * (1 - rate * (0.5 if name == "matrix" else 0.0)) - rate * direction
+    for name, value in want.items():
+        torch.testing.assert_close(parameters[name].double(), value, rtol=1e-4, atol=1e-5)
+
+
+def test_forgotten_moments_are_those_before_the_first_step() -> None:
+    parameters, fresh = make_parameters(), make_parameters()
+    optimizer = make_adamw(parameters)
+    step(parameters, optimizer, seed=1)
+    vector = {k: v.clone() for k, v in optimizer.state[parameters["vector"]].items()}
+    forget_moments(optimizer, [parameters["matrix"]])
+    found, expected = (optimizer_tensors(o, p) for o, p in ((optimizer, parameters), (make_adamw(fresh), fresh)))
+    assert all(torch.equal(found[f"matrix.{m}"], expected[f"matrix.{m}"]) for m in ("step", "exp_avg", "exp_avg_sq"))
+    assert all(torch.equal(optimizer.state[parameters["vector"]][k], v) for k, v in vector.items())
+
+
+def test_lora_plus_speeds_up_what_pefts_does() -> None:
+    peft = pytest.importorskip("peft")
+    from peft.optimizers import create_loraplus_optimizer
+
+    targets = ["q_proj", "down_proj"]
+    theirs = peft.get_peft_model(llama(), peft.LoraConfig(r=2, target_modules=targets))
+    names = {id(p): name for name, p in theirs.named_parameters()}
+    optimizer = create_loraplus_optimizer(theirs, torch.optim.AdamW, lr=0.1, loraplus_lr_ratio=16)
+    expected = {names[id(p)]: group["lr"] for group in optimizer.param_groups for p in group["params"]}
+
+    model = lorica.adapt(llama(), LoRA(rank=2, lr_ratio=16.0, targets=(*targets, "embed_tokens")))
+    parameters = lorica.trainable_parameters(model)
+    ours = make_optimizer(
+        parameters, lr=0.1, betas=(0.9, 0.99), epsilon=1e-8, weight_decay=0.0, lr_factors=lr_factors(model)
+    )
+    names = {id(p): name for name, p in parameters.items()}
+    found = {names[id(p)]: group["lr"] for group in ours.param_groups for p in group["params"]}
+    # On an embedding A is what starts at zero; PEFT gives both 1e-6.
+    assert {found.pop(f"model.embed_tokens.lora_{half}") for half in "ab"} == {0.1}
+    assert found == {
+        name.removeprefix("base_model.model.").replace("lora_A.default.weight", "lora_a")
+        .replace("lora_B.default.weight", "lora_b"): lr
+        for name, lr in expected.items()
+    }  # fmt: skip
+    assert set(found.values()) == {0.1, 1.6}
+
+
+def test_the_ratio_is_for_every_b_of_the_low_rank_family() -> None:
+    dora = lr_factors(lorica.adapt(llama(), DoRA(rank=2, targets="q_proj", lr_ratio=4.0)))
+    assert dora == {f"model.layers.{i}.self_attn.q_proj.lora_b": 4.0 for i in range(2)}
+    attention = nn.Sequential(nn.MultiheadAttention(8, 2))
+    found = lr_factors(lorica.adapt(attention, LoRA(rank=2, targets="0", lr_ratio=4.0)))
+    assert found == {"0.lora_b.in_proj_weight": 4.0, "0.lora_b.out_proj_weight": 4.0}

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 
@@ -56,3 +57,15 @@ def test_warmup_longer_than_the_run_only_rises(schedule: str) -> None:
 @pytest.mark.parametrize(("warmup", "steps"), [(0.0, 0), (0.03, 6), (0.5, 100), (1, 1), (12, 12)])
 def test_warmup_below_one_is_a_fraction(warmup: float, steps: int) -> None:
     assert num_warmup_steps(warmup, 200) == steps
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_after_each_restart_the_rate_rises_to_where_the_schedule_stands(schedule: str) -> None:
+    """The jagged cosine of ReLoRA's figure 2: the smooth one, times a ramp."""
+    arguments: dict[str, Any] = {"num_steps": 14, "peak": 2.0, "schedule": schedule, "warmup_steps": 3}
+    smooth, jagged = (
+        [learning_rate(step, min_fraction=0.1, **arguments, **restarts) for step in range(14)]
+        for restarts in ({}, {"restart_every": 5, "rewarm_steps": 2})
+    )
+    ramp = [1.0] * 5 + 2 * [1 / 3, 2 / 3, 1.0, 1.0, 1.0]
+    assert jagged == pytest.approx([rate * factor for rate, factor in zip(smooth, ramp, strict=False)])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from lorica.training import speed as speed_module
 from lorica.training.rehearsal import Operation
 from lorica.training.speed import Speed, measure_speed
 
@@ -17,7 +18,8 @@ def test_an_operation_takes_the_longer_of_its_work_and_its_traffic() -> None:
     assert speed.seconds({}) == 0
 
 
-def test_measured_rates() -> None:
+def test_measured_rates(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(speed_module, "_SECONDS_A_RATE", 0.01)
     before = torch.get_rng_state()
     speed = measure_speed(torch.float32, "cpu", tokens=64, hidden=32, heads=2, length=32)
     assert {"matmul", "narrow_matmul", "attention", "attention_backward"} == speed.flops_per_second.keys()

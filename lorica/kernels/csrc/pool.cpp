@@ -2,9 +2,11 @@
 // training/heap.py for the same algorithm in Python, by which a plan predicts what the pool will hold.
 //
 // All tensors live in one range of addresses that is reserved at the start and filled from the bottom, so a page is
-// touched for the first time once in the life of a process. Nothing is ever given back before the process ends.
+// touched for the first time once in the life of a process. Nothing is ever given back before the process ends. A
+// forked process, as a DataLoader's worker is, has a copy of the pool.
 
 #include <c10/core/CPUAllocator.h>
+#include <pthread.h>
 #include <sys/mman.h>
 
 #include <cstring>
@@ -46,6 +48,9 @@ class Pool final : public c10::Allocator {
     std::lock_guard<std::mutex> lock(mutex_);
     return top_;
   }
+
+  void lock() { mutex_.lock(); }
+  void unlock() { mutex_.unlock(); }
 
  private:
   void* take(size_t num_bytes) {
@@ -136,6 +141,8 @@ extern "C" int lorica_install_pool(size_t capacity) {
     return 0;
   }
   pool = made;
+  // Else a fork while another thread allocates would leave the child with a lock that nobody opens.
+  pthread_atfork([] { pool->lock(); }, [] { pool->unlock(); }, [] { pool->unlock(); });
   c10::SetCPUAllocator(pool, /*priority=*/1);
   return 1;
 }

@@ -1,0 +1,119 @@
+"""How samples become the batches of a run, by what the run is trained to do.
+
+    packed    one row without padding, next-token targets; `padded` for models that cannot   causal
+    classes   rows padded on the right, one class a row                                      classification
+    pairs     sources and targets, each padded on the right by itself                        seq2seq
+
+A data set is the same flat arrays for all of them, so order, budget, fingerprint and resuming know nothing of tasks.
+What a label means is agreed here and with the renderers:
+
+    classes   one token of a sample is labelled, with its class: the first of the second text where the model is told
+              which text a token belongs to (token type 1 from there on), else the last of all
+    pairs     source tokens, not labelled, then target tokens, labelled with themselves
+
+What it gives up: packing for encoders and encoder-decoders; samples of similar length share a batch instead. Pairs are
+budgeted by their whole length, and a batch in which the longest source and the longest target are not of one sample is
+larger than that, at most twice.
+
+n: samples, T: tokens of the longest (source), T': of the longest target.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+
+from lorica.data.packing import ROUND_TO, Batch, pack, pad
+from lorica.data.sampler import micro_batches
+from lorica.data.tokenized import IGNORE, Int64, TokenizedDataset
+
+
+@dataclass(frozen=True)
+class Layout:
+    """make: (data set, sample indices) to a batch. padded: padding counts as tokens, so lengths are sorted."""
+
+    make: Callable[[TokenizedDataset, Int64], Batch]
+    padded: bool
+
+    def batches(self, dataset: TokenizedDataset, indices: Int64, max_tokens: int) -> list[Batch]:
+        """The samples at `indices` in batches of at most `max_tokens` tokens; a longer sample goes alone."""
+        return [self.make(dataset, part) for part in micro_batches(indices, dataset.lengths, max_tokens, self.padded)]
+
+
+PACKED = Layout(partial(pack, multiple=ROUND_TO), padded=False)
+
+
+def padded(pad_id: int) -> Layout:
+    """Rows filled with `pad_id` on the right."""
+    return Layout(partial(pad, pad_id=pad_id), padded=True)
+
+
+def classes(pad_id: int, token_types: bool) -> Layout:
+    """A class a row; with `token_types` the model is told where a second text begins."""
+    return Layout(partial(class_batch, pad_id=pad_id, token_types=token_types), padded=True)
+
+
+def pairs(pad_id: int, start_id: int) -> Layout:
+    """Sources, and targets that the decoder reads shifted by one behind `start_id`."""
+    return Layout(partial(pair_batch, pad_id=pad_id, start_id=start_id), padded=True)
+
+
+def class_batch(dataset: TokenizedDataset, indices: Sequence[int] | Int64, pad_id: int, token_types: bool) -> Batch:
+    """Rows [n, T] and their classes [n]. Positions are the model's own business: RoBERTa's begin at 2."""
+    samples = [dataset[int(index)] for index in indices]
+    input_ids, mask = _filled([ids for ids, _ in samples], pad_id)
+    labelled = np.array([int(np.flatnonzero(labels != IGNORE)[0]) for _, labels in samples])
+    lengths = np.array([len(ids) for ids, _ in samples])
+    types = (np.arange(input_ids.shape[1]) >= labelled[:, None]) & (labelled < lengths - 1)[:, None] & (mask == 1)
+    return Batch(
+        input_ids=torch.from_numpy(input_ids),
+        targets=torch.tensor([int(labels[at]) for (_, labels), at in zip(samples, labelled, strict=True)]),
+        position_ids=None,
+        cu_seqlens=None,
+        attention_mask=torch.from_numpy(mask),
+        max_length=input_ids.shape[1],
+        num_samples=len(samples),
+        num_tokens=int(lengths.sum()),
+        num_targets=len(samples),
+        token_type_ids=torch.from_numpy(types.astype(np.int64)) if token_types else None,
+    )
+
+
+def pair_batch(dataset: TokenizedDataset, indices: Sequence[int] | Int64, pad_id: int, start_id: int) -> Batch:
+    """Sources [n, T]; what the decoder reads and what it should say, both [n, T']."""
+    samples = [dataset[int(index)] for index in indices]
+    borders = [source_length(labels) for _, labels in samples]
+    answers = [ids[border:] for (ids, _), border in zip(samples, borders, strict=True)]
+    input_ids, mask = _filled([ids[:border] for (ids, _), border in zip(samples, borders, strict=True)], pad_id)
+    targets, _ = _filled(answers, IGNORE)
+    read, _ = _filled([np.concatenate([[start_id], answer[:-1]]) for answer in answers], pad_id)
+    return Batch(
+        input_ids=torch.from_numpy(input_ids),
+        targets=torch.from_numpy(targets),
+        position_ids=None,
+        cu_seqlens=None,
+        attention_mask=torch.from_numpy(mask),
+        max_length=max(input_ids.shape[1], targets.shape[1]),
+        num_samples=len(samples),
+        num_tokens=sum(len(ids) for ids, _ in samples),
+        num_targets=sum(len(answer) for answer in answers),
+        decoder_input_ids=torch.from_numpy(read),
+    )
+
+
+def source_length(labels: Sequence[int] | np.typing.NDArray[np.int32]) -> int:
+    """Tokens of a pair's source."""
+    return int((np.asarray(labels) == IGNORE).sum())
+
+
+def _filled(rows: Sequence[np.typing.NDArray[np.integer]], filler: int) -> tuple[Int64, Int64]:
+    """Rows [n, T] filled on the right, and 1 where a token is real."""
+    lengths = np.array([len(row) for row in rows])
+    real = np.arange(lengths.max()) < lengths[:, None]
+    filled = np.full(real.shape, filler, np.int64)
+    filled[real] = np.concatenate(rows)
+    return filled, real.astype(np.int64)

@@ -1,0 +1,129 @@
+"""A quantised tensor, and the way there and back.
+
+    quantized = quantize(weight, "nf4", double_quant=True)
+    weight = dequantize(quantized)
+    y = linear(x, quantized, bias)
+
+Double quantisation (QLoRA, arXiv 2305.14314, section 3) quantises the scales once more: their mean is taken off, what
+is left is stored in 8 bits, in blocks of 256, with the signed dynamic map. A 4-bit weight in blocks of 64 then takes
+4 + 8 / 64 + 32 / (64 * 256) = 4.127 bits an element instead of 4.5. Codes, scales and layout are those of
+bitsandbytes 0.50.2, bit for bit, in every scheme that it has.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from lorica.errors import ConfigError
+from lorica.kernels import ops
+from lorica.kernels.nf4 import check_quantizable
+from lorica.quant.codebooks import bits, codebook
+
+SCALE_BLOCKSIZE = 256
+SCALE_SCHEME = "dynamic"
+
+
+@dataclass(frozen=True)
+class DoubleQuant:
+    """What turns 8-bit scales into numbers again: map[code] * absmax + offset."""
+
+    absmax: Tensor
+    """float32 [ceil(number of scales / 256)]."""
+    offset: Tensor
+    """float32 [], the mean of the scales."""
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """A tensor in blocks of `blocksize` elements of its flattened form, each a few bits and one scale."""
+
+    codes: Tensor
+    """uint8: [ceil(n / 2), 1] in 4 bits, even elements in the high halves; of the tensor's own shape in 8 bits."""
+    absmax: Tensor
+    """[ceil(n / blocksize)]: float32, or uint8 where `nested` says how to read it."""
+    shape: torch.Size
+    dtype: torch.dtype
+    """What the tensor was, and what it becomes again."""
+    scheme: str
+    blocksize: int = 64
+    nested: DoubleQuant | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all its tensors."""
+        parts = [self.codes, self.absmax, *((self.nested.absmax, self.nested.offset) if self.nested else ())]
+        return sum(part.numel() * part.element_size() for part in parts)
+
+    def scales(self) -> Tensor:
+        """The absmax of the blocks as float32 [ceil(n / blocksize)]."""
+        if self.nested is None:
+            return self.absmax
+        levels = codebook(SCALE_SCHEME, self.absmax.device)
+        scales: Tensor = ops.dequantize_8bit(self.absmax, self.nested.absmax, levels, SCALE_BLOCKSIZE, torch.float32)
+        return scales.add_(self.nested.offset)
+
+    def to(self, device: torch.device | str) -> Quantized:
+        """The same on another device."""
+        nested = self.nested and DoubleQuant(self.nested.absmax.to(device), self.nested.offset.to(device))
+        return replace(self, codes=self.codes.to(device), absmax=self.absmax.to(device), nested=nested)
+
+
+def quantize(weight: Tensor, scheme: str = "nf4", blocksize: int = 64, double_quant: bool = False) -> Quantized:
+    """`weight`, float32, bfloat16 or float16 in any shape, in a scheme of `codebooks.SCHEMES`.
+
+    Raises ConfigError for what cannot be quantised, and for a weight with NaN or infinite elements: a block of them
+    would turn every output into NaN, and nobody would know which weight it was.
+    """
+    check_quantizable(weight, blocksize)
+    levels = codebook(scheme, weight.device)
+    codes, absmax = (ops.quantize_4bit if bits(scheme) == 4 else ops.quantize_8bit)(weight.detach(), levels, blocksize)
+    if not absmax.isfinite().all():
+        num_bad = int((~absmax.isfinite()).sum())
+        raise ConfigError(
+            f"the weight of shape {[*weight.shape]} has NaN or infinite elements, in {num_bad} of {absmax.numel()} "
+            "blocks; load it without quantisation to find them"
+        )
+    nested = None
+    if double_quant:
+        offset = absmax.mean()
+        absmax, scale_absmax = ops.quantize_8bit(
+            absmax - offset, codebook(SCALE_SCHEME, weight.device), SCALE_BLOCKSIZE
+        )
+        nested = DoubleQuant(scale_absmax, offset)
+    return Quantized(codes, absmax, weight.shape, weight.dtype, scheme, blocksize, nested)
+
+
+def dequantize(quantized: Quantized, dtype: torch.dtype | None = None) -> Tensor:
+    """The tensor again, in its shape, in `dtype` or the one it had."""
+    levels, dtype = codebook(quantized.scheme, quantized.codes.device), dtype or quantized.dtype
+    if bits(quantized.scheme) == 8:
+        eight: Tensor = ops.dequantize_8bit(quantized.codes, quantized.scales(), levels, quantized.blocksize, dtype)
+        return eight.reshape(quantized.shape)
+    four: Tensor = ops.dequantize_4bit(
+        quantized.codes, quantized.scales(), levels, quantized.blocksize, quantized.shape, dtype
+    )
+    return four
+
+
+def linear(x: Tensor, quantized: Quantized, bias: Tensor | None = None) -> Tensor:
+    """x W^T + b in the dtype of x: x [..., in], W [out, in] quantised and frozen, bias [out].
+
+    What is kept for the backward is W's codes and scales. Differentiable in x and bias.
+    """
+    levels = codebook(quantized.scheme, x.device)
+    product = ops.linear_4bit if bits(quantized.scheme) == 4 else ops.linear_8bit
+    y: Tensor = product(x, quantized.codes, quantized.scales(), levels, quantized.blocksize, quantized.shape[0])
+    return y if bias is None else y + bias.to(y.dtype)
+
+
+def num_quantized_bytes(num_elements: int, scheme: str, blocksize: int = 64, double_quant: bool = False) -> int:
+    """`num_bytes` of a tensor of so many elements, without the tensor."""
+    num_scales = math.ceil(num_elements / blocksize)
+    codes = math.ceil(num_elements * bits(scheme) / 8)
+    if not double_quant:
+        return codes + 4 * num_scales
+    return codes + num_scales + 4 * math.ceil(num_scales / SCALE_BLOCKSIZE) + 4
