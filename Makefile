@@ -8,7 +8,8 @@ quickstart: .venv/ready
 	$(BIN)/lorica quickstart
 
 test: .venv/ready
-	$(BIN)/python -m pytest
+# A process a core, each of one thread; a file's tests stay together, since they share what is costly to make.
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 lint: .venv/ready
 	$(BIN)/ruff check .

@@ -5,9 +5,9 @@
     python benchmarks/methods.py --only lora,ia3 --seeds 2        # a part; what the table has already is kept
 
 For each method `lorica sweep` tries the same learning rates, judged on rows held out of the training rows; the best one
-is then trained with several seeds, each in a process of its own, and measured on the evaluation rows, which nothing was
-chosen by. Steps are timed apart, one method after another, in `--rounds` turns: that wants an idle machine. All is
-printed, and written to results/methods-NAME.csv (a row a run), methods-NAME-time.csv and methods-NAME.png.
+is then trained with several seeds and measured on the evaluation rows, which nothing was chosen by. Steps are timed
+apart, one method after another, in `--rounds` turns: that wants an idle machine. All is printed, and written to
+results/methods-NAME.csv (a row a run), methods-NAME-time.csv and methods-NAME.png.
 
 What it does not show: anything about bases and tasks of another size. Steps and batches are the same for all methods,
 so one that would be better after ten times the steps is shown as it is after these.
@@ -29,6 +29,12 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import lorica
+from lorica.assets.handbook import write_handbook
+from lorica.config import load_config
+from lorica.recipes.evaluate import evaluate
+from lorica.recipes.sweep import sweep
 
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {"name": "lora"},
@@ -61,9 +67,9 @@ def configuration(arguments: argparse.Namespace, folder: Path, method: dict[str,
     return {
         "model": {"base": arguments.base},
         "method": method,
-        "data": {"train": str(arguments.train), "eval": 0.05, "max_length": 256},
+        "data": {"train": str(arguments.train), "eval": 0.02, "max_length": 256},
         "train": {"output": str(folder / "run"), "max_steps": arguments.steps, "epochs": 1000,
-                  "batch_tokens": arguments.batch_tokens, "warmup": 0.05, "eval_every": max(1, arguments.steps // 9),
+                  "batch_tokens": arguments.batch_tokens, "warmup": 0.05, "eval_every": max(1, arguments.steps // 4),
                   "save_every": arguments.steps},
         "eval": {"max_new_tokens": 64, "batch_size": 32, "max_samples": arguments.answers},
     }  # fmt: skip
@@ -74,14 +80,6 @@ def folder_of(arguments: argparse.Namespace, name: str) -> Path:
     return folder
 
 
-def lorica(*words: str) -> dict[str, Any]:
-    """What a verb prints as JSON."""
-    command = [sys.executable, "-m", "lorica", *words, "--json"]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    result: dict[str, Any] = json.loads(done.stdout)
-    return result
-
-
 def run_method(arguments: argparse.Namespace, name: str, seeds: list[int]) -> list[dict[str, Any]]:
     folder = folder_of(arguments, name)
     folder.mkdir(parents=True, exist_ok=True)
@@ -89,35 +87,33 @@ def run_method(arguments: argparse.Namespace, name: str, seeds: list[int]) -> li
     # JSON is YAML.
     file.write_text(json.dumps(configuration(arguments, folder, METHODS[name])))
     rates = ",".join(f"{rate:g}" for rate in RATES)
-    found = lorica("sweep", str(file), f"train.lr={rates}", "--output", str(folder / "sweep"))
-    best = next(arm for arm in found["arms"] if arm["name"] == found["best"])
-    return [measure(arguments, name, file, folder / f"seed-{seed}", best["values"]["train.lr"], seed) for seed in seeds]
+    found = sweep(file, [f"train.lr={rates}"], output=folder / "sweep")
+    best = next(arm for arm in found.arms if arm.name == found.best)
+    return [measure(arguments, name, file, folder / f"seed-{seed}", best.values["train.lr"], seed) for seed in seeds]
 
 
 def measure(arguments: argparse.Namespace, name: str, file: Path, output: Path, lr: float, seed: int) -> dict[str, Any]:
     changes = [f"train.lr={lr:g}", f"train.seed={seed}", f"train.output={output}"]
-    trained = lorica("train", str(file), *changes, "--resume", "auto")
-    scores = lorica("eval", str(output), "--data", str(arguments.eval), "--no-base")["all"]
+    trained = lorica.train(load_config(file, changes), resume="auto")
+    scores = evaluate(output, data=str(arguments.eval), base=False).all.adapter
     return {
         "method": name,
         "seed": seed,
         "lr": lr,
-        "steps": trained["steps"],
-        "parameters": trained["trainable_parameters"],
-        "loss": scores["adapter"]["loss"],
-        "metric": scores["adapter"][arguments.metric],
+        "steps": trained.steps,
+        "parameters": trained.trainable_parameters,
+        "loss": scores.loss,
+        "metric": getattr(scores, arguments.metric),
         "score": arguments.metric,
     }
 
 
 def measure_base(arguments: argparse.Namespace, run: Path) -> dict[str, Any]:
     """The base's own scores, as `lorica eval` gives them beside those of any run."""
-    scores = lorica("eval", str(run), "--data", str(arguments.eval))["all"]["base"]
+    scores = evaluate(run, data=str(arguments.eval)).all.base
     nothing = {"seed": 0, "lr": 0.0, "steps": 0, "parameters": 0}
-    return {
-        "method": BASE, **nothing, "loss": scores["loss"], "metric": scores[arguments.metric],
-        "score": arguments.metric,
-    }  # fmt: skip
+    metric = getattr(scores, arguments.metric)
+    return {"method": BASE, **nothing, "loss": scores.loss, "metric": metric, "score": arguments.metric}
 
 
 def time_steps(arguments: argparse.Namespace, name: str) -> dict[str, Any]:
@@ -126,7 +122,9 @@ def time_steps(arguments: argparse.Namespace, name: str) -> dict[str, Any]:
         folder = Path(temporary)
         (folder / "run.yaml").write_text(json.dumps(configuration(arguments, folder, METHODS[name])))
         changes = ["data.eval=null", f"train.max_steps={TIMED_STEPS + 1}"]
-        trained = lorica("train", str(folder / "run.yaml"), *changes)
+        # In a process of its own: peak memory is a property of a process.
+        command = [sys.executable, "-m", "lorica", "train", str(folder / "run.yaml"), *changes, "--json"]
+        trained = json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
         ends = [json.loads(line)["seconds"] for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     # The first step pays for what is made once.
     seconds = statistics.median(after - before for before, after in itertools.pairwise(ends))
@@ -231,8 +229,6 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/methods"), help="where the runs stand")
     arguments = parser.parse_args()
     if arguments.train is None:
-        from lorica.assets.handbook import write_handbook
-
         handbook = write_handbook(arguments.work / "handbook", seed=0)
         arguments.train, arguments.eval = Path(handbook.train), Path(handbook.evaluation)
     arguments.work = arguments.work / arguments.name

@@ -94,8 +94,9 @@ def run_train(side: str, steps: int, folder: Path, drop: bool) -> dict[str, Any]
     from lorica.methods.full import FullFineTuning
     from lorica.models.load import equip
     from lorica.models.loss import make_loss
-    from lorica.training.loop import LoopOptions, run_loop
+    from lorica.training.loop import run_loop
     from lorica.training.metrics import read_metrics
+    from lorica.training.step import LoopOptions
 
     install_pool()
     model = lorica.adapt(equip(build("135m", "bfloat16")), FullFineTuning())

@@ -12,6 +12,7 @@ import io
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -59,6 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         # As stderr does it: a character that the terminal's encoding lacks is escaped, and does not end the program.
         sys.stdout.reconfigure(errors="backslashreplace")
+    # What happened, and not where in the source.
+    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     words = list(sys.argv[1:] if arguments is None else arguments)
     end = words.index("--") if "--" in words else len(words)
     options, rest = words[:end], words[end:]

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -306,3 +307,11 @@ def test_a_pipe_gets_json_in_utf_8(config: str, locale: str) -> None:
     command = [sys.executable, "-m", "lorica", "config", "show", config, "--json"]
     result = subprocess.run(command, capture_output=True, env={**environment, "LC_ALL": locale}, check=True)
     assert '"数据.jsonl"' in result.stdout.decode("utf-8")
+
+
+def test_a_warning_is_one_line_without_a_place_in_the_source(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
+    assert main(["--help"]) == 0
+    assert warnings.formatwarning("no compiler", RuntimeWarning, "build.py", 30) == "warning: no compiler\n"

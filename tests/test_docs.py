@@ -232,3 +232,22 @@ def test_decisions_are_numbered_and_of_one_form() -> None:
 
 def test_the_changelog_knows_this_version() -> None:
     assert f"## [{lorica.__version__}]" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+def test_the_diff_of_the_smallest_method_is_the_source() -> None:
+    page = ROOT / "docs" / "adding-a-method.md"
+    shown: dict[str, list[str]] = {}
+    for line in block_with(page, "+++ b/").splitlines():
+        if line.startswith("+++ b/"):
+            name = line.removeprefix("+++ b/")
+        elif line.startswith("+"):
+            shown.setdefault(name, []).append(line[1:])
+    source = {name: (ROOT / name).read_text(encoding="utf-8").splitlines() for name in shown}
+    assert shown.pop("lorica/methods/ia3.py") == source.pop("lorica/methods/ia3.py")
+    # Of the other files, every line that names the method.
+    assert all(shown[name] == [line for line in lines if "ia3" in line.lower()] for name, lines in source.items())
+    everywhere = {file for folder in ("lorica", "tests") for file in (ROOT / folder).rglob("*.py")}
+    knowing = {str(f.relative_to(ROOT)) for f in everywhere if re.search(r"methods[./]ia3", f.read_text("utf-8"))}
+    assert {name for name in knowing if name.startswith("lorica/")} <= {"lorica/__init__.py", "lorica/methods/ia3.py"}
+    lines = len((ROOT / "tests" / "methods" / "test_ia3.py").read_text(encoding="utf-8").splitlines())
+    assert f"`tests/methods/test_ia3.py`, {lines} lines" in page.read_text(encoding="utf-8")

@@ -14,8 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lorica.config import DataConfig, ModelConfig, RunConfig, TrainConfig, load_config
-from lorica.config import sections as config_sections
+from lorica.config import DataConfig, ModelConfig, RunConfig, TrainConfig, load_config, sections
 from lorica.errors import ConfigError
 from lorica.recipes import console
 from lorica.strict_yaml import dump_value
@@ -148,7 +147,7 @@ def render(data: str, base: str, output: Path, rows: Rows | None) -> str:
     batch_tokens = max(batch_tokens, max_length)
     fraction, evaluation_reason = _evaluation(rows)
     few = rows is not None and rows.num_rows < ROWS_LOOKED_AT
-    sections: dict[str, list[tuple[str, object, str]]] = {
+    chosen: dict[str, list[tuple[str, object, str]]] = {
         "model": [("base", base, ""), ("task", rows.task if rows else "auto", "")],
         "method": [("name", "lora", ""), ("rank", 16, ""), ("alpha", 32, ""), ("targets", "all-linear", "")],
         "data": [
@@ -171,10 +170,10 @@ def render(data: str, base: str, output: Path, rows: Rows | None) -> str:
         "# Written by `lorica init`. Paths are relative to the directory in which you run lorica.",
         "# Every other key, its default and its meaning: lorica config show run.yaml",
     ]
-    for name, entries in sections.items():
+    for name, entries in chosen.items():
         lines += ["", f"{name}:"]
         for key, value, comment in entries:
-            meaning = comment or config_sections()[name].model_fields[key].description
+            meaning = comment or sections()[name].model_fields[key].description
             lines.append(f"  {f'{key}: {dump_value(value)}':<28}  # {meaning}")
     return "\n".join(lines) + "\n"
 

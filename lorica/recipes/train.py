@@ -60,7 +60,8 @@ from lorica.training.checkpoint import (
 )
 from lorica.training.identity import check_identity
 from lorica.training.lock import RunLock
-from lorica.training.loop import LoopOptions, LoopResult, is_finished, run_loop
+from lorica.training.loop import LoopResult, is_finished, run_loop
+from lorica.training.step import LoopOptions
 
 if TYPE_CHECKING:
     from lorica.recipes.plan import PlanReport

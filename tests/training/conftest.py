@@ -18,7 +18,8 @@ from lorica.data.tokenized import TokenizedDataset
 from lorica.methods.attach import adapt
 from lorica.methods.lora import LoRA
 from lorica.training.checkpoint import Checkpoint
-from lorica.training.loop import LoopOptions, LoopResult, run_loop
+from lorica.training.loop import LoopResult, run_loop
+from lorica.training.step import LoopOptions
 
 VOCABULARY = 24
 IDENTITY = {"data": {"fingerprint": "abc"}, "settings": {"lr": 0.01}}
