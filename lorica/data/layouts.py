@@ -52,9 +52,9 @@ def padded(pad_id: int) -> Layout:
     return Layout(partial(pad, pad_id=pad_id), padded=True)
 
 
-def classes(pad_id: int, token_types: bool) -> Layout:
-    """A class a row; with `token_types` the model is told where a second text begins."""
-    return Layout(partial(class_batch, pad_id=pad_id, token_types=token_types), padded=True)
+def classes(pad_id: int, token_types: bool, start: int = 0) -> Layout:
+    """A class a row; with `token_types` the model is told where a second text begins. start: its first position."""
+    return Layout(partial(class_batch, pad_id=pad_id, token_types=token_types, start=start), padded=True)
 
 
 def pairs(pad_id: int, start_id: int) -> Layout:
@@ -62,17 +62,21 @@ def pairs(pad_id: int, start_id: int) -> Layout:
     return Layout(partial(pair_batch, pad_id=pad_id, start_id=start_id), padded=True)
 
 
-def class_batch(dataset: TokenizedDataset, indices: Sequence[int] | Int64, pad_id: int, token_types: bool) -> Batch:
-    """Rows [n, T] and their classes [n]. Positions are the model's own business: RoBERTa's begin at 2."""
+def class_batch(
+    dataset: TokenizedDataset, indices: Sequence[int] | Int64, pad_id: int, token_types: bool, start: int = 0
+) -> Batch:
+    """Rows [n, T] and their classes [n]. Positions are the model's own business, unless a prefix moves them."""
     samples = [dataset[int(index)] for index in indices]
     input_ids, mask = _filled([ids for ids, _ in samples], pad_id)
     labelled = np.array([int(np.flatnonzero(labels != IGNORE)[0]) for _, labels in samples])
     lengths = np.array([len(ids) for ids, _ in samples])
-    types = (np.arange(input_ids.shape[1]) >= labelled[:, None]) & (labelled < lengths - 1)[:, None] & (mask == 1)
+    places = np.arange(input_ids.shape[1])
+    types = (places >= labelled[:, None]) & (labelled < lengths - 1)[:, None] & (mask == 1)
+    positions = np.tile(places + start + dataset.first_position, (len(samples), 1))
     return Batch(
         input_ids=torch.from_numpy(input_ids),
         targets=torch.tensor([int(labels[at]) for (_, labels), at in zip(samples, labelled, strict=True)]),
-        position_ids=None,
+        position_ids=torch.from_numpy(positions) if dataset.first_position else None,
         cu_seqlens=None,
         attention_mask=torch.from_numpy(mask),
         max_length=input_ids.shape[1],

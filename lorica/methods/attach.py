@@ -132,6 +132,7 @@ def detach(model: Model) -> Model:
     """
     for name, adapter in adapters(model).items():
         _replace(model, name, adapter.base)
+        adapter.taken_off(model)
     return model
 
 

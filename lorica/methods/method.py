@@ -122,6 +122,9 @@ class Adapter(nn.Module, ABC):
         """
         return ()
 
+    def taken_off(self, model: nn.Module) -> None:  # noqa: B027 - most changed nothing else
+        """Undo in `model` what the method changed beside its modules, now that `base` stands there again."""
+
     def make_room(self, saved: Mapping[str, Tensor]) -> None:
         """Give buffers that come, go or grow in a run the shapes that they have in `saved`, a checkpoint's tensors."""
 

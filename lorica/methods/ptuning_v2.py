@@ -51,16 +51,18 @@ class PrefixOptions(VirtualTokens):
         assert isinstance(model, PreTrainedModel)
         shapes = attention_modules(model, self.method_name())
         wrapped = self.wrap_shapes({name: (model.get_submodule(name), shapes[name]) for name in names})
+        for adapter in wrapped.values():
+            adapter.attention_before = model.config._attn_implementation
         attention.register()
         model.set_attn_implementation(attention.NAME)
-        return wrapped
+        return dict(wrapped)
 
     def shapes_in(self, model: nn.Module, names: Sequence[str]) -> dict[str, dict[str, tuple[int, ...]]]:
         found = attention_modules(model, self.method_name())
         return {name: {SAVED: (self.num_virtual_tokens, found[name].width)} for name in names if name in found}
 
     @abstractmethod
-    def wrap_shapes(self, modules: Mapping[str, tuple[nn.Module, HeadShape]]) -> dict[str, Adapter]:
+    def wrap_shapes(self, modules: Mapping[str, tuple[nn.Module, HeadShape]]) -> Mapping[str, PrefixedAttention]:
         """Wrap attention modules, whose heads are as told."""
 
     def to_peft(self, found: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
@@ -85,14 +87,18 @@ class PrefixOptions(VirtualTokens):
 class PTuningV2(PrefixOptions):
     """Options of P-tuning v2."""
 
-    def wrap_shapes(self, modules: Mapping[str, tuple[nn.Module, HeadShape]]) -> dict[str, Adapter]:
+    def wrap_shapes(self, modules: Mapping[str, tuple[nn.Module, HeadShape]]) -> Mapping[str, PrefixedAttention]:
         return {name: DeepPrompt(module, self, shape) for name, (module, shape) in modules.items()}
 
 
 class PrefixedAttention(Adapter):
-    """An attention module that is handed keys and values of its own beside those of the text."""
+    """An attention module that is handed keys and values of its own beside those of the text.
+
+    attention_before: the attention function that the model had.
+    """
 
     options: PrefixOptions
+    attention_before: str
 
     def __init__(self, base: nn.Module, options: PrefixOptions, shape: HeadShape) -> None:
         super().__init__(base, options)
@@ -119,6 +125,11 @@ class PrefixedAttention(Adapter):
         # [n, K * D] -> [K, n, D].
         key, value = (part.reshape(-1, heads, size).transpose(0, 1) for part, size in zip(parts, sizes, strict=True))
         return self.base(*args, prefix_key=key, prefix_value=value, **kwargs)
+
+    def taken_off(self, model: nn.Module) -> None:
+        assert isinstance(model, PreTrainedModel)
+        if model.config._attn_implementation == attention.NAME:
+            model.set_attn_implementation(self.attention_before)
 
     def merged(self) -> nn.Module:
         raise NotMergeableError("A prefix is keys and values that no change of the projections' weights can stand for.")

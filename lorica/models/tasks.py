@@ -10,12 +10,14 @@ replaces whatever stands there when the base is loaded again.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 from transformers import (
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
@@ -110,6 +112,13 @@ def padding_id(config: PretrainedConfig) -> int:
     text = config.get_text_config()
     end = text.eos_token_id[0] if isinstance(text.eos_token_id, list) else text.eos_token_id
     return int(next((token for token in (text.pad_token_id, end) if token is not None), 0))
+
+
+def start_position(config: PretrainedConfig) -> int:
+    """The position of a classifier's first token: RoBERTa and its kin count on from that of padding."""
+    home = sys.modules[MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)].__module__]
+    counts_on = any(hasattr(part, "create_position_ids_from_input_ids") for part in (home, *vars(home).values()))
+    return padding_id(config) + 1 if counts_on else 0
 
 
 def head_modules(model: PreTrainedModel) -> tuple[str, ...]:

@@ -48,9 +48,11 @@ def quantize(model: Model, scheme: str = "nf4", *, double_quant: bool = True, sk
         skip: layers that stay: names, beginnings up to a dot, or ends of names. Weights that two modules share stay.
 
     Raises:
-        ConfigError: there is no such scheme, nothing to quantise, or a weight cannot be.
+        ConfigError: there is no such scheme, nothing to quantise, a weight cannot be, or the model is adapted already.
     """
     codebook(scheme)
+    if wrapped := [name for name, m in model.named_modules() if "base" in m._modules and "options" in vars(m)]:
+        raise ConfigError(f"{wrapped[0]} carries an adapter. Quantise the model before it is adapted.")
     found = quantizable(model, skip)
     if not found:
         left = f" but what skip={tuple(skip)} leaves out" if skip else ""

@@ -22,7 +22,16 @@ from lorica.evaluate.classification import measure_classes
 from lorica.evaluate.likelihood import likelihood
 from lorica.models.attention import packing_support
 from lorica.models.loss import LossFunction
-from lorica.models.tasks import CAUSAL, CLASSIFICATION, SEQ2SEQ, Task, choose_task, own_labels, padding_id
+from lorica.models.tasks import (
+    CAUSAL,
+    CLASSIFICATION,
+    SEQ2SEQ,
+    Task,
+    choose_task,
+    own_labels,
+    padding_id,
+    start_position,
+)
 
 TextRenderer = Renderer | PairRenderer
 AnyRenderer = TextRenderer | LabelRenderer
@@ -137,7 +146,7 @@ def _classes(
     # A model has more than one token type only if it was trained with them.
     told = tokenizer is not None and "token_type_ids" in tokenizer.model_input_names
     types = told and (getattr(base, "type_vocab_size", None) or 0) > 1
-    return classes(padding_id(base), types), "Batches are padded: a classifier reads whole rows."
+    return classes(padding_id(base), types, start_position(base)), "Batches are padded: a classifier reads whole rows."
 
 
 def _sources_and_targets(

@@ -1,0 +1,186 @@
+"""Loading: a tensor at a time, in the memory that is promised, and to and from transformers with bitsandbytes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BertForMaskedLM,
+    BitsAndBytesConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+)
+
+import lorica
+from lorica.errors import ConfigError, ModelError
+from lorica.models.load import base_fingerprint
+from lorica.quant.linear import format_of, layers
+
+IDS = torch.arange(5, 45).view(2, 20)
+
+
+@pytest.fixture
+def saved(tiny_llama: Callable[..., Any], tmp_path: Path) -> Path:
+    """A tiny checkpoint in several shards."""
+    tiny_llama(attention_bias=True).save_pretrained(tmp_path / "base", max_shard_size="20KB")
+    assert len(list((tmp_path / "base").glob("*.safetensors"))) > 2
+    return tmp_path / "base"
+
+
+def load(folder: Path, **settings: Any) -> Any:
+    return lorica.load_model(folder, device="cpu", **{"dtype": "float32", **settings})
+
+
+def logits(model: Any) -> Tensor:
+    with torch.no_grad():
+        result: Tensor = model(IDS).logits
+    return result
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_it_equals_quantising_afterwards(saved: Path, double_quant: bool) -> None:
+    model = load(saved, quant="nf4", double_quant=double_quant)
+    expected = lorica.quantize(load(saved), double_quant=double_quant)
+    ours, theirs = model.state_dict(), expected.state_dict()
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+    assert torch.equal(logits(model), logits(expected))
+    assert base_fingerprint(model) == base_fingerprint(load(saved))
+    assert type(model.lm_head) is torch.nn.Linear and len(list(layers(model))) == 14
+
+
+def test_bfloat16_is_quantised_from_bfloat16(saved: Path) -> None:
+    model = load(saved, quant="nf4", dtype="bfloat16")
+    layer = model.model.layers[0].mlp.up_proj
+    assert model.dtype == layer.weight.dtype == layer.quantized.dtype == torch.bfloat16
+    assert model.model.layers[0].self_attn.q_proj.bias.dtype == torch.bfloat16
+    expected = lorica.quantize(load(saved, dtype="bfloat16"))
+    assert torch.equal(layer.weight, expected.model.layers[0].mlp.up_proj.weight)
+
+
+@pytest.mark.parametrize("scheme", ["nf4", "fp4"])
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_transformers_with_bitsandbytes_reads_what_is_saved(
+    saved: Path, tmp_path: Path, scheme: str, double_quant: bool
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    model = load(saved, quant=scheme, double_quant=double_quant)
+    model.save_pretrained(tmp_path / "quantised", max_shard_size="20KB")
+    with torch.compiler.set_stance("force_eager"):
+        theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "quantised", dtype=torch.float32)
+        assert type(theirs.model.layers[0].mlp.up_proj).__name__ == "Linear4bit"
+        torch.testing.assert_close(logits(theirs), logits(model), rtol=1e-5, atol=1e-5)
+    again = load(tmp_path / "quantised")
+    assert format_of(again) == scheme + (", double_quant" if double_quant else "")
+    assert torch.equal(logits(again), logits(model))
+    again.save_pretrained(tmp_path / "again", max_shard_size="20KB")
+    for file in (tmp_path / "quantised").glob("*.safetensors"):
+        assert file.read_bytes() == (tmp_path / "again" / file.name).read_bytes()
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_what_transformers_with_bitsandbytes_saved_is_read_as_it_is(
+    saved: Path, tmp_path: Path, double_quant: bool
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    settings = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=double_quant,
+        bnb_4bit_compute_dtype=torch.float32,
+    )  # fmt: skip
+    with torch.compiler.set_stance("force_eager"):
+        theirs = AutoModelForCausalLM.from_pretrained(saved, quantization_config=settings, dtype=torch.float32)
+        theirs.save_pretrained(tmp_path / "theirs")
+        expected = logits(theirs)
+    model = load(tmp_path / "theirs")
+    torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(logits(model), logits(load(tmp_path / "theirs", quant="nf4"))), "quant changes nothing then"
+    assert torch.equal(logits(model), logits(load(saved, quant="nf4", double_quant=double_quant)))
+
+
+def test_a_gpt2_and_a_classifier(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_positions=64, n_embd=32, n_layer=1, n_head=2))
+    gpt2.save_pretrained(tmp_path / "gpt2")
+    model = load(tmp_path / "gpt2", quant="nf4")
+    assert [name.rpartition(".")[2] for name, _ in layers(model)] == ["c_attn", "c_proj", "c_fc", "c_proj"]
+    assert base_fingerprint(model) == base_fingerprint(load(tmp_path / "gpt2"))
+    assert torch.equal(logits(model), logits(lorica.quantize(load(tmp_path / "gpt2"))))
+    shape = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
+    BertForMaskedLM(BertConfig(vocab_size=64, **shape)).save_pretrained(tmp_path / "bert")
+    model = load(tmp_path / "bert", quant="nf4", labels=("no", "yes"))
+    assert len(list(layers(model))) == 6, "neither its head nor its pooling layer, which are new"
+    assert logits(model).shape == (2, 2)
+
+
+def test_faults_are_said(saved: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no quantisation scheme 'nf5'"):
+        load(saved, quant="nf5")
+    file = next(f for f in saved.glob("*.safetensors") if any("up_proj" in key for key in load_file(f)))
+    tensors = load_file(file)
+    name = next(key for key in tensors if "up_proj" in key)
+    tensors[name][0, 0] = float("inf")
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=rf"{name.removesuffix('.weight')}.*infinite"):
+        load(saved, quant="nf4")
+    config = json.loads((saved / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    (saved / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match="quantised by 'gptq'; NF4 and FP4"):
+        load(saved)
+
+
+MEASURE = """
+import gc, json, sys
+import torch, lorica
+from lorica.quant.linear import layers
+from lorica.training.metrics import peak_memory_bytes
+torch.set_num_threads(1)
+lorica.load_model("embedded", quant="nf4", dtype="bfloat16", device="cpu")
+gc.collect()
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096
+with open("/proc/self/clear_refs", "w") as file:
+    file.write("5")
+before = resident()
+model = lorica.load_model(sys.argv[1], quant="nf4", dtype="bfloat16", device="cpu")
+growth = peak_memory_bytes(torch.device("cpu")) - before
+final = sum(p.numel() * p.element_size() for p in model.parameters())
+largest = max(p.in_features * p.out_features * 2 for _, p in layers(model))
+largest = max([largest] + [p.numel() * p.element_size() for p in model.parameters()])
+print(json.dumps({"growth": growth, "final": final, "largest": largest}))
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="peaks are reset by the Linux kernel")
+def test_loading_never_holds_more_than_the_result_and_one_tensor(tmp_path: Path) -> None:
+    """138 MB in bfloat16, in several shards, become 38 MB."""
+    config = LlamaConfig(
+        hidden_size=1024, intermediate_size=4096, num_hidden_layers=4, num_attention_heads=8, vocab_size=2048,
+        tie_word_embeddings=True, dtype="bfloat16",
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model = model.to_empty(device="cpu")
+    for parameter in model.parameters():
+        # A block that repeats is as good as random numbers here, and quicker.
+        parameter.data.view(-1)[:] = torch.linspace(-1, 1, 128).repeat(parameter.numel() // 128)
+    model.save_pretrained(tmp_path, max_shard_size="25MB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 5
+    found = subprocess.run(
+        [sys.executable, "-c", MEASURE, str(tmp_path)], capture_output=True, text=True, check=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    measured = json.loads(found.stdout.splitlines()[-1])
+    assert measured["growth"] <= (measured["final"] + measured["largest"]) * 1.1, measured

@@ -1,0 +1,171 @@
+"""Runs over a base in NF4: every method learns, pauses and goes on bit for bit, is planned, opened and merged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import lorica
+from lorica.config import RunConfig, load_config
+from lorica.errors import CheckpointError, NotMergeableError, TargetError
+from lorica.methods.method import method_options
+from lorica.models.load import load_config as load_config_of
+from lorica.models.load import load_model
+from lorica.quant.linear import format_of, layers
+from lorica.recipes.generate import generate
+from lorica.recipes.merge import merge
+from lorica.recipes.opening import open_model
+from lorica.recipes.rehearsing import look_around, rehearse_run
+from lorica.training.checkpoint import find_checkpoints, read_checkpoint
+from lorica.training.metrics import read_metrics
+from lorica.training.rehearsal import rehearse
+
+Config = Callable[..., RunConfig]
+METHODS: dict[str, dict[str, Any]] = {
+    "adalora": {"rank": 4, "target_rank": 2, "interval": 2, "final": 0.4},
+    "bottleneck": {"size": 8},
+    "dora": {"rank": 4},
+    "ia3": {},
+    "lora": {"rank": 4, "alpha": 8.0, "dropout": 0.1},
+    "prefix": {"num_virtual_tokens": 4},
+    "prompt": {"num_virtual_tokens": 4},
+    "vera": {"rank": 16},
+}
+
+
+@pytest.fixture(scope="module")
+def configure(make_config: Config) -> Config:
+    def configure(folder: Path, name: str = "lora", quant: str | None = "nf4", **train: Any) -> RunConfig:
+        config = make_config(folder, **{"max_steps": 6, "lr": 2e-2, **train})
+        model = config.model.model_copy(update={"quant": quant})
+        return config.model_copy(update={"method": method_options(name)(**METHODS[name]), "model": model})
+
+    return configure
+
+
+@pytest.fixture(scope="module")
+def straight(configure: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "straight"
+    result = lorica.train(configure(folder, max_steps=12))
+    assert (result.status, result.read_back_difference) == ("finished", 0.0)
+    return folder
+
+
+def losses(folder: Path) -> list[float]:
+    return [row["loss"] for row in read_metrics(folder / "metrics.jsonl") if "loss" in row]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_learns(name: str, configure: Config, tmp_path: Path) -> None:
+    result = lorica.train(configure(tmp_path, name, max_steps=4, save_every=4))
+    assert (result.status, result.read_back_difference) == ("finished", 0.0)
+    assert losses(tmp_path)[-1] < losses(tmp_path)[0]
+
+
+def test_it_learns_as_over_the_weights_themselves(configure: Config, straight: Path, tmp_path: Path) -> None:
+    lorica.train(configure(tmp_path, quant=None, max_steps=12))
+    assert losses(straight) != losses(tmp_path)
+    assert losses(straight) == pytest.approx(losses(tmp_path), rel=0.01), "4 bits of a weight are nearly all of it"
+
+
+def test_paused_and_resumed_is_the_same_run(configure: Config, straight: Path, tmp_path: Path) -> None:
+    config = configure(tmp_path / "run", max_steps=12)
+    assert lorica.train(config, stop_at=5).status == "paused"
+    assert lorica.train(config, resume="auto").status == "finished"
+    assert losses(tmp_path / "run") == losses(straight)
+    ours, theirs = (read_checkpoint(find_checkpoints(f / "checkpoints")[-1]) for f in (tmp_path / "run", straight))
+    for stem in ("trainable", "optimizer"):
+        assert all(torch.equal(tensor, theirs.tensors[stem][key]) for key, tensor in ours.tensors[stem].items())
+
+
+def test_checkpointed_activations_change_nothing(configure: Config, straight: Path, tmp_path: Path) -> None:
+    lorica.train(configure(tmp_path / "run", max_steps=12, activation_checkpointing=True))
+    assert losses(tmp_path / "run") == pytest.approx(losses(straight), rel=1e-6)
+
+
+def test_another_quantisation_is_another_run(configure: Config, straight: Path, tmp_path: Path) -> None:
+    first = find_checkpoints(straight / "checkpoints")[0]
+    with pytest.raises(CheckpointError, match=r"model\.quant: 'nf4, double_quant' in the checkpoint, None now"):
+        lorica.train(configure(tmp_path / "run", quant=None, max_steps=12), resume=first)
+
+
+def test_full_fine_tuning_says_why_not(configure: Config, tmp_path: Path) -> None:
+    config = configure(tmp_path / "run").model_copy(update={"method": lorica.FullFineTuning()})
+    with pytest.raises(TargetError, match="no floating-point weights"):
+        lorica.train(config)
+
+
+def test_it_is_opened_and_generates_as_it_was_trained(straight: Path) -> None:
+    model, _, _ = open_model(straight)
+    assert format_of(model) == "nf4, double_quant"
+    assert len(generate(straight, prompt="What is 1 plus 2?", max_new_tokens=4)) == 1
+
+
+def test_it_is_merged_into_the_original(straight: Path, tiny_base: Path, tmp_path: Path) -> None:
+    merge(straight, tmp_path / "merged")
+    plain, original = (load_model(f, dtype="float32", device="cpu") for f in (tmp_path / "merged", tiny_base))
+    adapted = lorica.load_adapter(original, straight / "adapter")
+    ids = torch.arange(40, 60)[None]
+    assert not list(layers(plain))
+    torch.testing.assert_close(plain(ids).logits, adapted(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_on_request_it_is_merged_into_quantised_weights_and_what_is_lost_is_said(
+    straight: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = merge(straight, tmp_path / "merged", ["model.quant=nf4"])
+    plain = load_model(tmp_path / "merged", dtype="float32", device="cpu")
+    assert format_of(plain) == "nf4, double_quant"
+    model, _, _ = open_model(straight)
+    ids = torch.arange(40, 60)[None]
+    difference = (plain(ids).logits - model(ids).logits).abs().max()
+    assert 0 < difference < 0.5
+    assert result.drift is not None and result.agreement.kl > 0
+    assert 0 < result.drift.error < result.drift.weight
+    assert "quantised again" in capsys.readouterr().err
+
+
+def test_a_base_that_was_saved_quantised_is_trained_too(
+    configure: Config, straight: Path, tiny_base: Path, tmp_path: Path
+) -> None:
+    model = load_model(tiny_base, dtype="float32", device="cpu", quant="nf4")
+    model.save_pretrained(tmp_path / "base")
+    for file in tiny_base.glob("*token*"):
+        (tmp_path / "base" / file.name).write_bytes(file.read_bytes())
+    lorica.train(configure(tmp_path / "saved", quant=None, base=str(tmp_path / "base"), max_steps=12))
+    assert losses(tmp_path / "saved") == losses(straight)
+    found = rehearse(load_config_of(tmp_path / "base"), lorica.LoRA(rank=4), dtype=torch.float32, lengths=[64])
+    assert found.weights == sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
+    with pytest.raises(NotMergeableError, match="load that without quant"):
+        merge(tmp_path / "saved", tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_a_rehearsal_counts_the_bytes_that_there_are(double_quant: bool, tiny_base: Path) -> None:
+    model = load_model(tiny_base, dtype="bfloat16", device="cpu", quant="nf4", double_quant=double_quant)
+    found = rehearse(
+        load_model(tiny_base).config,
+        lorica.LoRA(rank=4),
+        dtype=torch.bfloat16,
+        lengths=[64, 64],
+        quant="nf4",
+        double_quant=double_quant,
+    )
+    tensors = (*model.parameters(), *model.buffers())
+    assert found.weights == sum(t.numel() * t.element_size() for t in tensors)
+    assert found.num_parameters == sum(p.numel() for p in load_model(tiny_base).parameters()) + found.num_trainable
+
+
+def test_it_is_planned_as_run_yaml_says(tiny_base: Path) -> None:
+    lines = [f"model.base={tiny_base}", "data.train=/nowhere", "train.batch_tokens=1024", "model.device=cpu"]
+    configs = [load_config(None, [*lines, *more]).config for more in ([], ["model.quant=nf4"])]
+    plain, quantised = (rehearse_run(config, look_around(config, require_data=False)[0]) for config in configs)
+    assert quantised.weights < plain.weights and quantised.num_parameters == plain.num_parameters
+    # The same products, the dequantised weight beside them.
+    flops = [sum(op.flops * n for op, n in r.work.items() if "matmul" in op.kind) for r in (plain, quantised)]
+    assert flops[0] == flops[1]
