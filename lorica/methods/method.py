@@ -122,7 +122,7 @@ class Adapter(nn.Module, ABC):
         """
         return ()
 
-    def taken_off(self, model: nn.Module) -> None:  # noqa: B027 - most changed nothing else
+    def taken_off(self, model: nn.Module) -> None:
         """Undo in `model` what the method changed beside its modules, now that `base` stands there again."""
 
     def make_room(self, saved: Mapping[str, Tensor]) -> None:

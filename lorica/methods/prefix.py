@@ -21,7 +21,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from lorica.methods.attending import HeadShape
-from lorica.methods.method import Adapter, Rank
+from lorica.methods.method import Rank
 from lorica.methods.ptuning_v2 import PrefixedAttention, PrefixOptions
 
 
@@ -37,7 +37,7 @@ class PrefixTuning(PrefixOptions):
         None
     )
 
-    def wrap_shapes(self, modules: Mapping[str, tuple[nn.Module, HeadShape]]) -> dict[str, Adapter]:
+    def wrap_shapes(self, modules: Mapping[str, tuple[nn.Module, HeadShape]]) -> Mapping[str, PrefixedAttention]:
         module, shape = next(iter(modules.values()))
         size = shape.num_heads * shape.key_size
         factory: dict[str, Any] = {"device": next(module.parameters()).device, "dtype": torch.float32}

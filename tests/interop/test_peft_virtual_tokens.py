@@ -4,23 +4,29 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForSequenceClassification, BertConfig
+from transformers import AutoModelForSequenceClassification, BertConfig, LlamaConfig, RobertaConfig
 
 import lorica
+from lorica.data.layouts import classes
+from lorica.data.tokenized import TokenizedDataset
 from lorica.errors import AdapterError
+from lorica.evaluate.classification import class_logits
 from lorica.methods.attach import in_front
 from lorica.methods.method import MethodOptions
 from lorica.methods.prefix import PrefixTuning
 from lorica.methods.prompt import PromptTuning
 from lorica.methods.ptuning import PTuning
 from lorica.methods.ptuning_v2 import PTuningV2
+from lorica.models.tasks import start_position
 
 from .small_models import IDS, SMALL, bert, gpt2, llama, qwen3, randomise
 
@@ -135,6 +141,28 @@ def test_a_head_trained_beside_a_prompt_goes_both_ways(tmp_path: Path) -> None:
         with torch.no_grad():
             again = lorica.load_adapter(classifier(), tmp_path / folder)(whole).logits
         torch.testing.assert_close(again, want, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("config", [BertConfig, RobertaConfig, LlamaConfig])
+@pytest.mark.parametrize("method", ["prompt", "ptuning_v2"])
+def test_a_classifier_s_batches_are_what_peft_reads(method: str, config: Any, tmp_path: Path) -> None:
+    def make() -> Any:
+        torch.manual_seed(0)
+        whole = config(**SMALL, pad_token_id=1, num_labels=3, initializer_range=0.2)
+        return AutoModelForSequenceClassification.from_config(whole, dtype=torch.float32).eval()
+
+    head = "score" if config is LlamaConfig else "classifier"
+    model = lorica.adapt(make(), replace(METHODS[method], modules_to_save=(head,)))
+    randomise(lorica.trainable_parameters(model).values())
+    samples = [(ids.numpy(), np.array([-100] * (len(ids) - 1) + [0])) for ids in (IDS[0], IDS[1, :6])]
+    dataset = TokenizedDataset.from_samples(samples).behind(*in_front(model))
+    layout = classes(pad_id=1, token_types=False, start=start_position(model.config))
+    got = class_logits(model, [layout.make(dataset, np.arange(2))])
+    lorica.save_adapter(model, tmp_path)
+    other = peft.PeftModel.from_pretrained(make(), tmp_path).eval()
+    with torch.no_grad():
+        want = [other(ids, attention_mask=torch.ones_like(ids)).logits for ids in (IDS[:1], IDS[1:, :6])]
+    torch.testing.assert_close(got, torch.cat(want), atol=1e-5, rtol=1e-5)
 
 
 def broken(folder: Path, **changes: Any) -> Path:

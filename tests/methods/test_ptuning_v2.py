@@ -164,6 +164,20 @@ def test_attention_that_knows_no_prefix_is_an_error_and_not_a_plain_model() -> N
         model(IDS)
 
 
+def test_the_base_has_its_own_attention_again_afterwards() -> None:
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, attn_implementation="eager",
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    ids = torch.arange(3, 12)[None]
+    before = model(ids).logits
+    lorica.detach(lorica.adapt(model, PTuningV2(num_virtual_tokens=3)))
+    assert model.config._attn_implementation == "eager"
+    assert torch.equal(model(ids).logits, before)
+
+
 def test_it_cannot_be_merged_and_says_why() -> None:
     with pytest.raises(NotMergeableError, match="keys and values"):
         lorica.merge(adapted("llama"))
