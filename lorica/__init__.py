@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from lorica.errors import LoricaError
     from lorica.interop.peft import load_adapter, save_adapter
     from lorica.methods.adalora import AdaLoRA
-    from lorica.methods.attach import adapt, adapters, detach, merge, trainable_parameters
+    from lorica.methods.attach import adapt, adapters, detach, in_front, merge, trainable_parameters
     from lorica.methods.bottleneck import Bottleneck
     from lorica.methods.dora import DoRA
     from lorica.methods.full import FullFineTuning
@@ -56,6 +56,7 @@ __all__ = [  # noqa: RUF022 - sorted as dir() sorts
     "adapt",
     "adapters",
     "detach",
+    "in_front",
     "load_adapter",
     "load_model",
     "load_tokenizer",
@@ -83,6 +84,7 @@ _HOMES = {
     "adapt": "lorica.methods.attach",
     "adapters": "lorica.methods.attach",
     "detach": "lorica.methods.attach",
+    "in_front": "lorica.methods.attach",
     "load_adapter": "lorica.interop.peft",
     "load_model": "lorica.models.load",
     "load_tokenizer": "lorica.models.load",

@@ -102,14 +102,16 @@ class FullFineTuning(MethodOptions):
         ]
 
     def _refuse_what_would_stay(self, model: nn.Module, names: Sequence[str]) -> None:
+        if self.trainable_tokens and self.parameters == "all":
+            raise TargetError("targets all trains the embedding of every token: leave trainable_tokens out.")
         chosen = set(names)
-        beside = re.compile(rf"(.*\.)?({'|'.join(self.modules_to_save)})\..*") if self.modules_to_save else None
+        beside = re.compile(rf"(.*\.)?({'|'.join(self.modules_to_save) or '(?!)'})\..*")
+        # By identity: a weight may be named elsewhere too.
+        trained = {id(p) for name, p in model.named_parameters(remove_duplicate=False) if beside.fullmatch(name)}
         left = [
             name
-            for name, _ in model.named_parameters()
-            if self._is_meant(name)
-            and name.rpartition(".")[0] not in chosen
-            and not (beside is not None and beside.fullmatch(name))
+            for name, p in model.named_parameters()
+            if self._is_meant(name) and name.rpartition(".")[0] not in chosen and id(p) not in trained
         ]
         if left:
             raise TargetError(

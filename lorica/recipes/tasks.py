@@ -65,11 +65,18 @@ class RunTask:
     def refuse_format(self, source: str, found: str) -> None:
         """DataError where rows of the format `found` cannot be trained on."""
         if (found == "classification") != (self.task is CLASSIFICATION):
-            advice = (
-                "To learn their classes set model.task=classification; to learn the text as it is, data.format=text."
-                if found == "classification"
-                else "A classifier needs rows of text and label: data.format=classification."
-            )
+            if found != "classification":
+                advice = "A classifier needs rows of text and label: data.format=classification."
+            elif self.task is SEQ2SEQ:
+                advice = (
+                    "An encoder-decoder learns one text from another: data.format=prompt_response, and as "
+                    "data.columns={prompt: text, response: label} which is which."
+                )
+            else:
+                advice = (
+                    "To learn their classes set model.task=classification; to learn the text as it is, "
+                    "data.format=text."
+                )
             raise DataError(f"{source}: rows of the format {found} do not fit model.task={self.task.name}. {advice}")
 
 

@@ -367,6 +367,11 @@ def _refuse_misfits(config: RunConfig, data: PreparedRun, base: PretrainedConfig
     longest = max(_longest(part, data.task) for part in parts)
     context, base = context_length(base), base.get_text_config()
     virtual = config.method.num_virtual_ids + config.method.position_offset
+    if context and virtual > context - 2:
+        raise ConfigError(
+            f"method.num_virtual_tokens is {virtual:,}, and {config.model.base} takes {context:,} tokens in all: no "
+            "room is left for a row."
+        )
     if context and longest + virtual > context:
         beside = f" beside {virtual:,} virtual ones" if virtual else ""
         raise DataError(

@@ -172,3 +172,13 @@ def test_a_folder_of_trained_weights_reads_back_and_is_guarded(tiny_llama: Make,
     save_file({**tensors, f"{prefix}lm_head.weight": torch.zeros(3, 3)}, folder / WEIGHTS)
     with pytest.raises(AdapterError, match=r"lm_head\.weight is \[3, 3\], expected \[64, 32\]"):
         lorica.load_adapter(tiny_llama(), folder)
+
+
+def test_all_of_a_tied_model_with_its_head_named_beside(tiny_llama: Callable[..., Any]) -> None:
+    model = lorica.adapt(tiny_llama(tie_word_embeddings=True), FullFineTuning(modules_to_save=["lm_head"]))
+    assert (
+        lorica.adapters(model)["lm_head"].masters["weight"]
+        is lorica.adapters(model)["model.embed_tokens"].masters["weight"]
+    )
+    with pytest.raises(TargetError, match="leave trainable_tokens out"):
+        lorica.adapt(tiny_llama(), FullFineTuning(trainable_tokens=[3]))

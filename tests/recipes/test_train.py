@@ -41,6 +41,7 @@ from lorica.recipes.opening import adapter_fault
 from lorica.recipes.report import draw_curves
 from lorica.training import checkpoint as checkpoints
 from lorica.training import loop
+from lorica.training import step as step_module
 from lorica.training.checkpoint import find_checkpoints, read_checkpoint
 from lorica.training.lock import RunLock
 from lorica.training.metrics import read_metrics
@@ -311,7 +312,7 @@ def test_killed_where_it_hurts_the_resumed_run_is_the_same_run(
 
     def inside_step() -> None:
         # Its batches are made and its learning rate is set; the fifth step from where it resumed.
-        kill_before(loop, "_accumulate_gradients", 4)
+        kill_before(step_module, "_accumulate_gradients", 4)
 
     for wound in (
         at_step(5),
@@ -920,7 +921,7 @@ def test_a_base_that_cannot_pack_trains_padded(
     again = make_config(tmp_path / "again", base=base)
 
     def work() -> None:
-        kill_before(loop, "_batches", 12)
+        kill_before(step_module, "_batches", 12)
         lorica.train(again)
 
     assert in_child(work) == -signal.SIGKILL and steps(tmp_path / "again")

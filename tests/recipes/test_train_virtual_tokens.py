@@ -14,7 +14,7 @@ import torch
 import lorica
 from lorica.config import RunConfig
 from lorica.data.layouts import PACKED, padded
-from lorica.errors import DataError
+from lorica.errors import ConfigError, DataError
 from lorica.evaluate.generation import generate, stream, unanswerable
 from lorica.evaluate.likelihood import likelihood
 from lorica.methods.attach import in_front
@@ -160,3 +160,11 @@ def test_a_plan_counts_them(config: RunConfig) -> None:
     assert longest == setting.lengths.max()
     assumed = replace(setting, lengths=None, first_batches=None)
     assert batch_lengths(config, assumed)[0] == config.data.max_length + count
+
+
+def test_more_of_them_than_the_context_holds_are_refused_by_their_number(config: RunConfig, tmp_path: Path) -> None:
+    changed = {"method": replace(config.method, num_virtual_tokens=600)}
+    with pytest.raises(ConfigError, match=r"num_virtual_tokens is 600, .* no room"):
+        lorica.train(
+            config.model_copy(update={**changed, "train": config.train.model_copy(update={"output": str(tmp_path)})})
+        )
