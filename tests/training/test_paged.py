@@ -224,7 +224,7 @@ def test_memory_stays_within_the_budget(tmp_path: Path, monkeypatch: pytest.Monk
     """64 MB of moments in 4 MB. What is measured is the process: the most that was ever resident."""
     monkeypatch.setattr(paged, "SMALLEST_PAGE", 4096)
     growth = tmp_path / "growth"
-    budget, slack = 4 << 20, 4 << 20
+    budget, slack = 4 << 20, 2 << 20
 
     def status(key: str) -> int:
         lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
@@ -234,6 +234,8 @@ def test_memory_stays_within_the_budget(tmp_path: Path, monkeypatch: pytest.Monk
         def train(num_elements: int, device: int) -> int:
             parameters = {"large": nn.Parameter(torch.ones(num_elements))}
             parameters["large"].grad = torch.ones(num_elements)
+            # The peak starts anew: what other tests left to this child may be given back meanwhile.
+            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
             before = status("VmRSS:")
             optimizer = make_paged(parameters, tmp_path, device=device)
             for _ in range(2):
