@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from lorica.errors import AdapterError, ConfigError, DivergedError, DoesNotFitError, LoricaError, StoppedError
+from lorica.errors import ConfigError, DivergedError, DoesNotFitError, LoricaError, StoppedError
 from lorica.files import write_text
 from lorica.recipes import console
 from lorica.recipes.arms import Arm, in_folder, make_arms, short_keys
@@ -224,10 +224,6 @@ def _advance(job: _Job, state: SweepState, step: int, title: str) -> None:
         failure = ("diverged", str(error))
     except (DoesNotFitError, MemoryError, torch.OutOfMemoryError) as error:
         failure = ("does not fit", str(error) or type(error).__name__)
-    except AdapterError:
-        # Weights that are no numbers cannot be proved. Without a log the fault is another.
-        if not (job.arm.folder / "metrics.jsonl").is_file() or _score(job, state, step) < math.inf:
-            raise
     if failure is None and _score(job, state, step) == math.inf:
         failure = ("diverged", "None of its evaluation losses is a finite number; lower train.lr.")
     if failure is not None:

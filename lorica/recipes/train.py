@@ -32,7 +32,7 @@ from lorica.data.layouts import Layout, source_length
 from lorica.data.packing import pack
 from lorica.data.sampler import Order
 from lorica.data.tokenized import TokenizedDataset
-from lorica.errors import CheckpointError, ConfigError, DataError, ModelError
+from lorica.errors import CheckpointError, ConfigError, DataError, DivergedError, ModelError
 from lorica.files import read_json_object, write_json, write_text
 from lorica.interop.folder import check_adapter_folder
 from lorica.interop.peft import load_adapter, save_adapter
@@ -493,6 +493,9 @@ def _save_proved(model: PreTrainedModel, folder: Path, data: PreparedRun) -> flo
     row = data.train[0][0][len(in_front(model)[0]) :]
     ids = torch.from_numpy(row[:64].astype(np.int64))[None]
     before = logits_of(model, ids)
+    if not bool(before.isfinite().all()):
+        # The weights can be finite still: a step that was far too long.
+        raise DivergedError("The trained model's logits are not finite, so no adapter was saved. Try a lower train.lr.")
     save_adapter(model, folder)
     load_adapter(detach(model), folder)
     return check_read_back(before, logits_of(model, ids), model.device, str(folder))
