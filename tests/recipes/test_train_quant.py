@@ -16,6 +16,7 @@ from lorica.methods.method import method_options
 from lorica.models.load import load_config as load_config_of
 from lorica.models.load import load_model
 from lorica.quant.linear import format_of, layers
+from lorica.recipes.evaluate import evaluate
 from lorica.recipes.generate import generate
 from lorica.recipes.merge import merge
 from lorica.recipes.opening import open_model
@@ -103,6 +104,13 @@ def test_it_is_opened_and_generates_as_it_was_trained(straight: Path) -> None:
     model, _, _ = open_model(straight)
     assert format_of(model) == "nf4, double_quant"
     assert len(generate(straight, prompt="What is 1 plus 2?", max_new_tokens=4)) == 1
+
+
+def test_it_is_evaluated_over_the_weights_that_it_was_trained_over(straight: Path) -> None:
+    report = evaluate(straight, generate=False).all
+    trained = min(row["eval_loss"] for row in read_metrics(straight / "metrics.jsonl") if "eval_loss" in row)
+    assert report.adapter.loss == pytest.approx(trained, rel=1e-5)
+    assert report.base is not None and report.adapter.loss < report.base.loss - 0.01
 
 
 def test_it_is_merged_into_the_original(straight: Path, tiny_base: Path, tmp_path: Path) -> None:
