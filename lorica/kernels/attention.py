@@ -27,6 +27,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from lorica.kernels import cpu_attention
 from lorica.kernels.linear import is_widened
 
 NAME = "lorica"
@@ -69,6 +70,19 @@ def attention(
     causal = bool(getattr(module, "is_causal", True)) if is_causal is None else is_causal
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     plain = softcap is None and s_aux is None and position_bias is None
+    if plain and attention_mask is None and not dropout and cpu_attention.takes(query, key, causal):
+        fused = cpu_attention.attend(
+            query,
+            key,
+            value,
+            scale=scale,
+            causal=causal,
+            cu_seqlens=cu_seq_lens_q,
+            window=sliding_window,
+            prefix_key=prefix_key,
+            prefix_value=prefix_value,
+        )
+        return fused.transpose(1, 2), None
 
     def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         bias, window = position_bias, sliding_window or k.shape[2]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lorica.kernels import attention
+from lorica.kernels import attention, cpu_attention
 from lorica.kernels.attention import attention as attend
 
 HEADS, KEY_HEADS, SIZE, NUM_PREFIX = 4, 2, 8, 3
@@ -73,9 +73,14 @@ def reference(
     return torch.stack(rows)
 
 
+@pytest.mark.parametrize("is_compiled", [True, False])
 @pytest.mark.parametrize("name", CASES)
-def test_every_query_sees_the_whole_prefix_beside_what_it_sees_else(name: str) -> None:
+def test_every_query_sees_the_whole_prefix_beside_what_it_sees_else(
+    name: str, is_compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     case = CASES[name]
+    if not is_compiled:
+        monkeypatch.setattr(cpu_attention, "takes", lambda *_, **__: False)
     torch.manual_seed(0)
     num_rows = 1 if case.packed else len(case.lengths)
     num_tokens = sum(case.lengths) if case.packed else case.lengths[0]
@@ -125,6 +130,7 @@ def test_sixteen_bits_that_the_cpu_lacks_are_widened_behind_a_prefix_too(
     lengths: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is computed in float32 is kept in 16 bits for backward; the prefix stays a float32 master."""
+    monkeypatch.setattr(cpu_attention, "takes", lambda *_, **__: False)
     torch.manual_seed(0)
     q = torch.randn(1, HEADS, 9, SIZE, dtype=torch.bfloat16, requires_grad=True)
     k, v = (torch.randn(1, KEY_HEADS, 9, SIZE, dtype=torch.bfloat16) for _ in range(2))

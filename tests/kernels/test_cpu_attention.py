@@ -1,0 +1,215 @@
+"""Attention in C and its gradient against the formula in float64, in every way in which the C can be compiled."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lorica.kernels import build, cpu_attention
+from lorica.kernels.cpu_attention import attend
+
+pytestmark = [
+    pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler"),
+    pytest.mark.skipif(os.environ.get("LORICA_KERNELS") == "reference", reason="LORICA_KERNELS forbids compiled parts"),
+]
+MARCH = {512: "x86-64-v4", 256: "x86-64-v3", 0: "x86-64"}
+NEEDS = {512: "avx512bw", 256: "avx2", 0: "sse2"}
+TOLERANCES = {torch.float32: 4e-6, torch.bfloat16: 1.5e-2, torch.float16: 2e-3}
+"""Of the largest value; torch's own kernel comes as near in 16 bits."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call. cuts: borders of packed samples. keys: where there are more of them than queries."""
+
+    heads: tuple[int, int] = (4, 2)
+    tokens: int = 37
+    keys: int | None = None
+    size: int = 16
+    rows: int = 1
+    cuts: tuple[int, ...] = ()
+    causal: bool = True
+    window: int | None = None
+    prefix: int = 0
+    value_size: int | None = None
+
+
+CASES = {
+    "rows": Case(rows=2),
+    "one token": Case(tokens=1),
+    "packed, of very different lengths": Case(tokens=201, cuts=(0, 1, 3, 50, 201), size=64),
+    "blocks of keys and of queries": Case(heads=(2, 1), tokens=300, size=33),
+    "a window within a block": Case(tokens=130, window=5, size=80),
+    "a window over blocks, packed": Case(tokens=330, cuts=(0, 30, 330), window=120),
+    "a prefix": Case(tokens=101, cuts=(0, 40, 101), prefix=7),
+    "a prefix longer than a block, and a window": Case(tokens=130, prefix=150, window=9),
+    "in both directions": Case(rows=2, tokens=65, causal=False),
+    "in both directions, packed": Case(tokens=150, cuts=(0, 20, 150), causal=False),
+    "more keys than queries": Case(rows=2, tokens=65, keys=140),
+    "the next token": Case(heads=(6, 3), tokens=1, keys=300, size=64),
+    "across, with a prefix": Case(tokens=9, keys=130, causal=False, prefix=3),
+    "large heads": Case(heads=(2, 2), tokens=50, size=256),
+    "values narrower than keys": Case(tokens=130, size=48, value_size=32, prefix=4),
+    "values wider than keys": Case(tokens=130, cuts=(0, 60, 130), size=24, value_size=50),
+}
+
+
+def inputs(case: Case, dtype: torch.dtype = torch.float32) -> tuple[list[Tensor], dict[str, Any], Tensor]:
+    """Query, key, value and prefixes that want gradients, the other arguments, and the output's gradient."""
+    torch.manual_seed(0)
+    heads, key_heads = case.heads
+    keys = case.tokens if case.keys is None else case.keys
+    sizes = (case.size, case.value_size or case.size)
+    # Heads within tokens, as projections give them; keys the other way round.
+    q = torch.randn(case.rows, case.tokens, heads, case.size, dtype=dtype).transpose(1, 2)
+    tensors = [q, *(torch.randn(case.rows, key_heads, keys, size, dtype=dtype) for size in sizes)]
+    if case.prefix:
+        # Masters are float32; here such that 16 bits hold them.
+        tensors += [torch.randn(key_heads, case.prefix, size).to(dtype).float() for size in sizes]
+    arguments: dict[str, Any] = {"scale": case.size**-0.5, "causal": case.causal, "window": case.window}
+    if case.cuts:
+        arguments["cu_seqlens"] = torch.tensor(case.cuts, dtype=torch.int32)
+    upstream = torch.randn(*q.shape[:3], sizes[1], dtype=dtype)
+    return [t.requires_grad_() for t in tensors], arguments, upstream
+
+
+def formula(case: Case, tensors: list[Tensor]) -> Tensor:
+    q, k, v, *prefix = tensors
+    group = case.heads[0] // case.heads[1]
+    rows = []
+    for row in range(case.rows):
+        cuts = case.cuts or (0, case.tokens)
+        parts = []
+        for begin, end in pairwise(cuts):
+            mine = slice(begin, end) if case.cuts else slice(None)
+            keys, values = k[row, :, mine], v[row, :, mine]
+            behind = torch.arange(keys.shape[1])[None] - torch.arange(end - begin)[:, None]
+            behind = (keys.shape[1] - (end - begin)) - behind
+            sees = (behind >= 0) & (behind < (case.window or 10**6)) if case.causal else torch.ones_like(behind) > 0
+            if prefix:
+                keys, values = (torch.cat([p, t], 1) for p, t in zip(prefix, (keys, values), strict=True))
+                sees = torch.cat([torch.ones(end - begin, case.prefix, dtype=torch.bool), sees], 1)
+            scores = q[row, :, begin:end] @ keys.repeat_interleave(group, 0).transpose(1, 2) * case.size**-0.5
+            weights = scores.masked_fill(~sees, -torch.inf).softmax(-1)
+            parts.append(weights @ values.repeat_interleave(group, 0))
+        rows.append(torch.cat(parts, 1))
+    return torch.stack(rows)
+
+
+def check(case: Case, dtype: torch.dtype) -> None:
+    tensors, arguments, upstream = inputs(case, dtype)
+    arguments |= dict(zip(("prefix_key", "prefix_value"), tensors[3:], strict=False))
+    out = attend(*tensors[:3], **arguments)
+    assert out.dtype is dtype and out.transpose(1, 2).is_contiguous()
+    exact = [t.detach().double().requires_grad_() for t in tensors]
+    want = formula(case, exact)
+    got = [out, *torch.autograd.grad(out, tensors, upstream)]
+    wanted = [want, *torch.autograd.grad(want, exact, upstream.double())]
+    for mine, theirs in zip(got, wanted, strict=True):
+        error = float((mine.double() - theirs).detach().abs().max()) / max(1.0, float(theirs.detach().abs().max()))
+        assert error < TOLERANCES[dtype]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_output_and_gradients_are_those_of_the_formula(name: str, dtype: torch.dtype) -> None:
+    check(CASES[name], dtype)
+
+
+@pytest.mark.parametrize("name", ["packed, of very different lengths", "a prefix", "large heads"])
+def test_several_threads_share_a_sample(name: str) -> None:
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(5)
+        check(CASES[name], torch.float32)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module", params=sorted(MARCH))
+def simd(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
+    """Compiled with vectors of so many bits, warnings being errors; skipped where the processor lacks them."""
+    if platform.machine() != "x86_64":
+        pytest.skip("the paths are those of x86-64")
+    flags = (f"-march={MARCH[request.param]}", "-Wall", "-Wextra", "-Werror", "-Wno-unused-function", "-Wno-psabi")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build, "cache_folder", lambda: tmp_path_factory.mktemp("cache"))
+        patch.setattr(cpu_attention, "_FLAGS", (*flags, *cpu_attention._FLAGS[1:]))
+        cpu_attention.compiled.cache_clear()
+        built = cpu_attention.compiled()
+        assert built is not None
+        if NEEDS[request.param] not in Path("/proc/cpuinfo").read_text().split():
+            cpu_attention.compiled.cache_clear()
+            pytest.skip(f"this processor has no {NEEDS[request.param]}")
+        yield request.param
+    cpu_attention.compiled.cache_clear()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_path_is_right(simd: int, name: str) -> None:
+    check(CASES[name], torch.float32)
+
+
+def test_a_later_token_and_another_sample_change_nothing() -> None:
+    case = Case(tokens=120, cuts=(0, 70, 120))
+    (q, k, v), arguments, _ = inputs(case)
+    before = attend(q, k, v, **arguments)
+    with torch.no_grad():
+        for tensor in (q, k, v):
+            tensor[:, :, 33:70] += 1.0
+    after = attend(q, k, v, **arguments)
+    assert torch.equal(before[:, :, :33], after[:, :, :33]) and torch.equal(before[:, :, 70:], after[:, :, 70:])
+    assert not torch.allclose(before[:, :, 33:70], after[:, :, 33:70])
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_what_is_not_finite_is_not_lost(place: int, value: float) -> None:
+    """A run that diverges has to be seen."""
+    tensors, arguments, _ = inputs(Case(tokens=250, heads=(1, 1)))
+    with torch.no_grad():
+        tensors[place][0, 0, 3] = value
+    out = attend(*tensors, **arguments)
+    is_finite = out[0, 0].isfinite().all(-1)
+    # Every later query meets that key, or that value; none meets that query.
+    assert not bool(is_finite[3]) and bool(is_finite[4:].any()) is (place == 0)
+
+
+def test_large_scores_do_not_overflow() -> None:
+    (q, k, v), arguments, _ = inputs(Case(tokens=60))
+    out = attend(q * 300, k * 300, v, **arguments)
+    want = formula(Case(tokens=60), [t.double() for t in (q * 300, k * 300, v)])
+    torch.testing.assert_close(out.double(), want, atol=1e-3, rtol=1e-3)
+
+
+def test_it_is_an_operator_as_torch_wants_one() -> None:
+    (q, k, v, *prefix), arguments, _ = inputs(Case(tokens=20, cuts=(0, 8, 20), prefix=3))
+    borders = cpu_attention._borders(arguments["cu_seqlens"], 1, 20, 20)
+    torch.library.opcheck(
+        torch.ops.lorica.attention.default, (q, k, v, borders, *prefix, 0.25, True, cpu_attention._NO_WINDOW)
+    )
+
+
+def test_borders_that_are_not_the_batch_s_are_refused() -> None:
+    (q, k, v), arguments, _ = inputs(Case(tokens=20))
+    with pytest.raises(ValueError, match=r"cu_seqlens cover 19 tokens, but the packed batch has 20"):
+        attend(q, k, v, **{**arguments, "cu_seqlens": torch.tensor([0, 19])})
+
+
+def test_what_it_does_not_do_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    q = torch.zeros(1, 1, 4, 8)
+    assert cpu_attention.takes(q, q, causal=True)
+    assert not cpu_attention.takes(q.double(), q.double(), causal=True)
+    assert not cpu_attention.takes(q, q[:, :, :2], causal=True)
+    monkeypatch.setattr(cpu_attention, "compiled", lambda: None)
+    assert not cpu_attention.takes(q, q, causal=True)
