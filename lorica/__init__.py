@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lorica.config import RunConfig
+    from lorica.data.components import Components, find_components
     from lorica.errors import LoricaError
     from lorica.interop.peft import load_adapter, save_adapter
     from lorica.methods.adalora import AdaLoRA
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from lorica.methods.bottleneck import Bottleneck
     from lorica.methods.dora import DoRA
     from lorica.methods.full import FullFineTuning
+    from lorica.methods.hydra import HydraLoRA
     from lorica.methods.ia3 import IA3
     from lorica.methods.lora import LoRA
     from lorica.methods.prefix import PrefixTuning
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
     from lorica.methods.vera import VeRA
     from lorica.models.load import load_model, load_tokenizer
     from lorica.quant.loading import quantize
+    from lorica.recipes.components import components
     from lorica.recipes.train import train
 
 __version__ = "0.1.0"
@@ -41,8 +44,10 @@ __version__ = "0.1.0"
 __all__ = [  # noqa: RUF022 - sorted as dir() sorts
     "AdaLoRA",
     "Bottleneck",
+    "Components",
     "DoRA",
     "FullFineTuning",
+    "HydraLoRA",
     "IA3",
     "LoRA",
     "LoricaError",
@@ -55,7 +60,9 @@ __all__ = [  # noqa: RUF022 - sorted as dir() sorts
     "__version__",
     "adapt",
     "adapters",
+    "components",
     "detach",
+    "find_components",
     "in_front",
     "load_adapter",
     "load_model",
@@ -70,8 +77,10 @@ __all__ = [  # noqa: RUF022 - sorted as dir() sorts
 _HOMES = {
     "AdaLoRA": "lorica.methods.adalora",
     "Bottleneck": "lorica.methods.bottleneck",
+    "Components": "lorica.data.components",
     "DoRA": "lorica.methods.dora",
     "FullFineTuning": "lorica.methods.full",
+    "HydraLoRA": "lorica.methods.hydra",
     "IA3": "lorica.methods.ia3",
     "LoRA": "lorica.methods.lora",
     "LoricaError": "lorica.errors",
@@ -83,7 +92,9 @@ _HOMES = {
     "VeRA": "lorica.methods.vera",
     "adapt": "lorica.methods.attach",
     "adapters": "lorica.methods.attach",
+    "components": "lorica.recipes.components",
     "detach": "lorica.methods.attach",
+    "find_components": "lorica.data.components",
     "in_front": "lorica.methods.attach",
     "load_adapter": "lorica.interop.peft",
     "load_model": "lorica.models.load",

@@ -210,15 +210,59 @@ def data_preview(
     _finish(json, lambda: preview(target, overrides or [], rows=rows, first=row))
 
 
+@app.command(epilog="Example: lorica components rows.jsonl --output components")
+def components(
+    target: Target,
+    overrides: Overrides = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of JSON and map.")] = Path("components"),
+    features: Annotated[Literal["tfidf", "hidden"], typer.Option(help="Of the texts, or of the base.")] = "tfidf",
+    method: Annotated[Literal["kmeans", "dbscan"], typer.Option(help="How rows are grouped.")] = "kmeans",
+    num: Annotated[int | None, typer.Option(min=1, help="How many, if known.", show_default="found")] = None,
+    max_components: Annotated[int, typer.Option(min=1, help="The most that are looked for.")] = 8,
+    limit: Annotated[int | None, typer.Option(min=1, help="Read the first rows only.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of sample and clusters.")] = 0,
+    json: Json = False,
+) -> None:
+    """Find which kinds of rows the data consists of."""
+    from lorica.recipes.components import components
+
+    _finish(
+        json,
+        lambda: components(
+            target,
+            overrides or [],
+            output=output,
+            features=features,
+            method=method,
+            num=num,
+            max_components=max_components,
+            limit=limit,
+            seed=seed,
+        ),
+    )
+
+
 @app.command(epilog="Example: lorica plan run.yaml --memory 8GiB")
 def plan(
-    config: Config,
+    config: Annotated[str | None, typer.Argument(metavar="CONFIG", help="run.yaml, or a run folder.")] = None,
     overrides: Overrides = None,
     memory: Annotated[str | None, typer.Option(help="Memory to fit into, as in 8GiB.")] = None,
     measure: Annotated[bool, typer.Option("--measure", help="Run one step and compare.")] = False,
+    qlora_table: Annotated[
+        bool, typer.Option("--qlora-table", help="Instead: QLoRA's 7 to 65B, beside the paper's figures.")
+    ] = False,
     json: Json = False,
 ) -> None:
     """Predict memory and speed without loading the weights."""
+    if qlora_table:
+        if config is not None or memory is not None or measure:
+            raise typer.BadParameter("--qlora-table takes no CONFIG and no other option but --json")
+        from lorica.recipes.qlora_table import qlora_table as print_table
+
+        _finish(json, print_table)
+        return
+    if config is None:
+        raise typer.BadParameter("give a CONFIG: run.yaml, or a run folder")
     from lorica.recipes.console import parse_bytes
 
     memory_bytes = None if memory is None else parse_bytes(memory)
@@ -342,6 +386,9 @@ Temperature = Annotated[float, typer.Option(min=0.0, help="0: always the likelie
 TopP = Annotated[float, typer.Option(min=0.0, max=1.0, help="Sample from this much of the probability.")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of the sampling.")]
 BaseOnly = Annotated[bool, typer.Option("--base-only", help="Leave the adapter out.")]
+QuantHead = Annotated[
+    Literal["int8", "nf4"] | None, typer.Option(help="Quantise the output head: faster, a little less exact.")
+]
 
 
 @app.command(epilog='Example: lorica generate runs/first --prompt "Who approves travel?"')
@@ -355,6 +402,7 @@ def generate(
     top_p: TopP = 1.0,
     seed: Seed = 0,
     base_only: BaseOnly = False,
+    quant_head: QuantHead = None,
     json: Json = False,
 ) -> None:
     """Answer prompts."""
@@ -374,6 +422,7 @@ def generate(
             top_p=top_p,
             seed=seed,
             base_only=base_only,
+            quant_head=quant_head,
         ),
     )
 
@@ -387,6 +436,7 @@ def chat(
     top_p: TopP = 1.0,
     seed: Seed = 0,
     base_only: BaseOnly = False,
+    quant_head: QuantHead = None,
     json: Json = False,
 ) -> None:
     """Talk to a model in the terminal."""
@@ -402,6 +452,7 @@ def chat(
             top_p=top_p,
             seed=seed,
             base_only=base_only,
+            quant_head=quant_head,
         ),
     )
 
@@ -492,6 +543,21 @@ def adapter_convert(
     from lorica.recipes.adapter import convert
 
     _finish(json, lambda: convert(adapter, output, rank=rank, base=base, alpha=alpha, enabled=flags))
+
+
+@adapter_app.command("static", epilog="Example: lorica adapter static runs/hydra --rows rows.jsonl --output lora")
+def adapter_static(
+    run: Run,
+    output: Output,
+    rows: Annotated[str, typer.Option(help="Data like the run's: half for the means, half to measure.")],
+    overrides: Overrides = None,
+    stacked: Annotated[bool, typer.Option("--stacked", help="Keep the heads apart, in num_heads x the rank.")] = False,
+    json: Json = False,
+) -> None:
+    """Write a HydraLoRA as plain LoRA, with mean gates."""
+    from lorica.recipes.static import static_merge
+
+    _finish(json, lambda: static_merge(run, output, rows, stacked=stacked, overrides=overrides or []))
 
 
 @adapter_app.command("combine", epilog="Example: lorica adapter combine runs/a=0.7 runs/b=0.3 --how svd --output both")

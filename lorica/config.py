@@ -561,6 +561,7 @@ def _disagreements(values: Mapping[str, Any]) -> list[tuple[tuple[str, ...], str
     check(("train.warmup", "train.max_steps"), _warmup_problem)
     check(("train.early_stopping", "data.eval"), _early_stopping_problem)
     check(("train.restart_every", "method.name"), _restart_problem)
+    check(("method.init", "model.quant"), _loftq_problem)
     return faults
 
 
@@ -592,6 +593,12 @@ def _restart_problem(every: int | None, method: str) -> str | None:
         return None
     able = [name for name in method_names() if method_options(name).can_restart]
     return f"{method} cannot start anew in a run; {', '.join(able)} can. Set null, or another method.name"
+
+
+def _loftq_problem(init: str, quant: str | None) -> str | None:
+    if init != "loftq" or quant is not None:
+        return None
+    return "loftq starts from what quantising takes away, and model.quant = null takes nothing; set nf4 there"
 
 
 def _early_stopping_problem(patience: int | None, evaluation: float | str | None) -> str | None:

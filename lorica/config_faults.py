@@ -96,12 +96,18 @@ def reason(detail: Mapping[str, Any], annotation: Any) -> str:
     if kind == "missing":
         return "missing, and it has no default"
     if kind == "literal_error":
-        choices = [str(choice) for choice in get_args(annotation)]
+        choices = _choices(annotation)
         near = difflib.get_close_matches(str(got), choices, n=1)
         expected = f"must be one of {', '.join(choices)}"
         return f"{expected}, got {show(got)}" + (f"; did you mean {near[0]}?" if near else "")
     expected = _EXPECTED[kind].format(**detail.get("ctx", {})) if kind in _EXPECTED else str(detail["msg"])
     return f"{expected}, got {show(got)}"
+
+
+def _choices(annotation: Any) -> list[str]:
+    """What a Literal allows, or a union of one with None, which is null in YAML."""
+    parts = ["null" if part is type(None) else part for part in get_args(annotation)]
+    return [str(choice) for part in parts for choice in get_args(part) or (part,)]
 
 
 def show(value: Any) -> str:

@@ -239,6 +239,11 @@ def test_all_faults_of_file_and_command_line_at_once(write: Write) -> None:
     assert "must be one of kaiming, gaussian, pissa, olora" in text and "got text 'normal'" in text
 
 
+def test_choices_beside_null_are_named_as_yaml_has_them() -> None:
+    with pytest.raises(ConfigError, match=r"model\.quant: must be one of nf4, null, got text 'nf5'; did you mean nf4"):
+        load_config(None, ["model.base=base", "data.train=rows.jsonl", "model.quant=nf5"])
+
+
 @pytest.mark.parametrize(
     ("key", "meant"),
     [

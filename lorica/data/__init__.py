@@ -13,6 +13,9 @@
       tokenized samples as flat arrays
     sampler     the order of the samples, a function of seed and epoch
     packing     samples -> Batch, packed without padding or padded
+    components  which kinds of rows the data consists of
+      features  texts -> hashed counts of words and character n-grams
+      clustering  groups of rows, and how many there are
     check       what the data holds, before anything is trained on it
 
 Nothing is imported here, so that reading rows does not wait for torch.

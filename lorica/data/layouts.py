@@ -41,7 +41,11 @@ class Layout:
 
     def batches(self, dataset: TokenizedDataset, indices: Int64, max_tokens: int) -> list[Batch]:
         """The samples at `indices` in batches of at most `max_tokens` tokens; a longer sample goes alone."""
-        return [self.make(dataset, part) for part in micro_batches(indices, dataset.lengths, max_tokens, self.padded)]
+        return [self.make(dataset, part) for part in self.parts(dataset, indices, max_tokens)]
+
+    def parts(self, dataset: TokenizedDataset, indices: Int64, max_tokens: int) -> list[Int64]:
+        """The samples of each of these batches."""
+        return micro_batches(indices, dataset.lengths, max_tokens, self.padded)
 
 
 PACKED = Layout(partial(pack, multiple=ROUND_TO), padded=False)

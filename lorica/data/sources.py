@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -21,7 +21,17 @@ from lorica.data.rows import Example, Message, RowError, RowFault, list_faults, 
 from lorica.data.turns import maybe_json
 from lorica.errors import DataError
 
-__all__ = ["FORMATS", "Example", "Loaded", "Message", "RowError", "RowFault", "load_examples", "refuse_faults"]
+__all__ = [
+    "FORMATS",
+    "Example",
+    "Loaded",
+    "Message",
+    "RowError",
+    "RowFault",
+    "load_examples",
+    "refuse_faults",
+    "stream_examples",
+]
 
 # The format is judged by this many good rows; a column belongs to it when at least half of them have it.
 ROWS_TO_DETECT = 50
@@ -85,11 +95,11 @@ def load_examples(
     found |= formats.rare_columns(name, found, present)
     examples = []
     for origin, row in good:
-        try:
-            canonical = {column: row.get(actual) for column, actual in found.items()}
-            examples.append(replace(formats.FORMAT[name].parse(canonical), origin=origin))
-        except RowError as error:
-            faults.append(error.at(origin))
+        example = _parse(row, origin, name, found)
+        if isinstance(example, RowFault):
+            faults.append(example)
+        else:
+            examples.append(example)
     if faults:
         order = {origin: index for index, (origin, _) in enumerate(places)}
         faults.sort(key=lambda fault: order[fault.origin])
@@ -97,9 +107,57 @@ def load_examples(
     return Loaded(examples, faults, name, found, unused, len(places))
 
 
+def stream_examples(
+    source: str | Path,
+    *,
+    format: str = "auto",
+    columns: Mapping[str, str] | None = None,
+    split: str | None = None,
+    limit: int | None = None,
+) -> Callable[[], Iterator[Example | RowFault]]:
+    """As `load_examples`, for more rows than memory holds: a function that reads them anew each time it is called.
+
+    The source is read once here, to know its columns. Raises DataError as `load_examples` does.
+    """
+    path = Path(source)
+
+    def places() -> Iterator[Place]:
+        return islice(_local(path, split) if path.exists() else _hub(str(source), split), limit)
+
+    head: list[Mapping[str, Any]] = []
+    faults: list[RowFault] = []
+    present: dict[str, None] = {}
+    for origin, row in places():
+        if isinstance(row, RowError):
+            faults.append(row.at(origin))
+            continue
+        if len(head) < ROWS_TO_DETECT:
+            head.append(row)
+        present.update(dict.fromkeys(column for column, value in row.items() if value is not None))
+    if not head:
+        raise DataError(_none_readable(str(source), faults) if faults else f"{source}: holds no rows.")
+    names, turn_keys = _survey(head, columns or {})
+    name, found = formats.detect(names, turn_keys, format=format, mapping=columns or {}, source=str(source))
+    found |= formats.rare_columns(name, found, present)
+
+    def examples() -> Iterator[Example | RowFault]:
+        for origin, row in places():
+            yield row.at(origin) if isinstance(row, RowError) else _parse(row, origin, name, found)
+
+    return examples
+
+
 def refuse_faults(loaded: Loaded, policy: str) -> None:
     """Under the policy "error" raise DataError listing the faults, if there are any; under "drop" do nothing."""
     refuse(loaded.faults, loaded.num_rows, policy)
+
+
+def _parse(row: Mapping[str, Any], origin: str, name: str, found: Mapping[str, str]) -> Example | RowFault:
+    canonical = {column: row.get(actual) for column, actual in found.items()}
+    try:
+        return replace(formats.FORMAT[name].parse(canonical), origin=origin)
+    except RowError as error:
+        return error.at(origin)
 
 
 def _none_readable(source: str, faults: list[RowFault]) -> str:

@@ -14,7 +14,7 @@ Shapes: N rows, C classes.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -66,9 +66,17 @@ def class_logits(model: PreTrainedModel, batches: Iterable[Batch]) -> Tensor:
     return torch.cat(found)
 
 
-def measure_classes(model: PreTrainedModel, loss_fn: LossFunction, batches: Sequence[Batch]) -> Mapping[str, float]:
+def measure_classes(model: PreTrainedModel, loss_fn: LossFunction, batches: Iterable[Batch]) -> Mapping[str, float]:
     """`loss`, `accuracy` and `macro_f1` on rows whose classes are the batches' targets."""
-    scores = score_classes(class_logits(model, batches), np.concatenate([batch.targets.numpy() for batch in batches]))
+    truth: list[Ids] = []
+
+    def noted() -> Iterator[Batch]:
+        for batch in batches:
+            truth.append(batch.targets.numpy())
+            yield batch
+
+    logits = class_logits(model, noted())
+    scores = score_classes(logits, np.concatenate(truth))
     assert scores.loss is not None
     return {"loss": scores.loss, "accuracy": scores.accuracy, "macro_f1": scores.macro_f1}
 

@@ -23,9 +23,11 @@ from torch import Tensor, nn
 
 from lorica.errors import AdapterError, LoricaError
 from lorica.interop.folder import CONFIG
+from lorica.interop.hydra import AuthorsHeads
 from lorica.interop.prompts import Unfolded
 from lorica.methods.beside import parts
 from lorica.methods.full import FullFineTuning, persistent_buffers
+from lorica.methods.hydra import HydraLoRA
 from lorica.methods.method import MethodOptions, method_names, method_options
 from lorica.methods.virtual import SAVED, VirtualTokens
 
@@ -108,17 +110,19 @@ def read_content(config: Mapping[str, Any], model: nn.Module, file: Any, folder:
 
 
 def by_our_names(config: Mapping[str, Any], model: nn.Module, file: Any, folder: Path) -> Any:
-    """`file` itself, or a view of one of PEFT's with virtual tokens, which has other names.
+    """`file` itself, or a view of one with other names: PEFT's of virtual tokens, the authors' of HydraLoRA.
 
     Raises:
         AdapterError: as `read_content`.
     """
     method = _method(config, folder)
-    if not issubclass(method, VirtualTokens) or SAVED not in file.keys():  # noqa: SIM118 - not a dict
+    is_authors = method is HydraLoRA and method.is_peft(config)
+    is_folded = issubclass(method, VirtualTokens) and SAVED in file.keys()  # noqa: SIM118 - not a dict
+    if not is_authors and not is_folded:
         return file
-    options = _options(config, method, (), folder)
+    options = _options(config, method, () if is_folded else ("any",), folder)
     try:
-        return Unfolded(file, options, model)
+        return AuthorsHeads(file, options) if isinstance(options, HydraLoRA) else Unfolded(file, options, model)
     except LoricaError as error:
         raise AdapterError(f"{folder}: {error}") from None
 

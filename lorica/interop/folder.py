@@ -13,7 +13,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -37,6 +37,8 @@ class AdapterFolder:
         base_fingerprint: None where it is not known, as in PEFT's own folders.
         replaced: the base's parameters that the fingerprint leaves out, because the adapter brings its own.
         labels: a classifier's classes by id.
+        base_quant: the only format of the base that the adapter fits, such as `nf4, double_quant`, where it holds what
+            quantising took away; None: any.
     """
 
     config: dict[str, Any]
@@ -44,6 +46,15 @@ class AdapterFolder:
     base_fingerprint: str | None
     replaced: tuple[str, ...] = ()
     labels: tuple[str, ...] = ()
+    base_quant: str | None = None
+
+
+class Proof(NamedTuple):
+    """What `lorica.json` says of the base, as in `AdapterFolder`."""
+
+    base_fingerprint: str | None = None
+    replaced: tuple[str, ...] = ()
+    base_quant: str | None = None
 
 
 def write_folder(folder: str | Path, content: AdapterFolder) -> Path:
@@ -68,6 +79,7 @@ def write_folder(folder: str | Path, content: AdapterFolder) -> Path:
             "replaced": content.replaced,
             "sha256": {name: sha256(temporary / name) for name in (WEIGHTS, CONFIG)},
             **({"labels": content.labels} if content.labels else {}),
+            **({"base_quant": content.base_quant} if content.base_quant else {}),
         }
         write_json(temporary / PROOF, proof)
         _prove(tensors, temporary)
@@ -88,10 +100,10 @@ def read_folder(folder: str | Path) -> AdapterFolder:
     """
     folder = Path(folder)
     config = read_config(folder)
-    fingerprint, replaced = read_proof(folder)
+    proof = read_proof(folder)
     with open_weights(folder) as file:
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
-    return AdapterFolder(config, tensors, fingerprint, replaced, read_labels(folder))
+    return AdapterFolder(config, tensors, proof.base_fingerprint, proof.replaced, read_labels(folder), proof.base_quant)
 
 
 def read_labels(folder: Path) -> tuple[str, ...]:
@@ -119,14 +131,14 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def read_proof(folder: Path) -> tuple[str | None, tuple[str, ...]]:
-    """The base's fingerprint, where it is known, and the parameters that it leaves out.
+def read_proof(folder: Path) -> Proof:
+    """What is known of the base of the adapter in `folder`.
 
     Raises:
         AdapterError: a hash is not that of its file.
     """
     if not (folder / PROOF).is_file():
-        return None, ()
+        return Proof()
     try:
         proof = read_json_object(folder / PROOF)
     except (OSError, ValueError) as error:
@@ -134,8 +146,8 @@ def read_proof(folder: Path) -> tuple[str | None, tuple[str, ...]]:
     for name, digest in dict(proof.get("sha256", {})).items():
         if name in (WEIGHTS, CONFIG) and (folder / name).is_file() and sha256(folder / name) != digest:
             raise AdapterError(f"{folder / name} is damaged: its SHA-256 is not the one in {PROOF}.")
-    expected = proof.get("base_fingerprint")
-    return None if expected is None else str(expected), tuple(map(str, proof.get("replaced", ())))
+    expected, quant = (None if proof.get(k) is None else str(proof[k]) for k in ("base_fingerprint", "base_quant"))
+    return Proof(expected, tuple(map(str, proof.get("replaced", ()))), quant)
 
 
 def open_weights(folder: Path) -> Any:

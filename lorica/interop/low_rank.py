@@ -39,7 +39,7 @@ class LowRankAdapter:
 
     pairs: by the names that `layouts`, which are by module, give to the pairs of a module. config: PEFT's fields.
     base_fingerprint: None where it is not known. copies: tensors of the base that stand in the folder, by their names
-    there.
+    there. base_quant: as in `AdapterFolder`.
     """
 
     pairs: Mapping[str, LowRank]
@@ -47,6 +47,7 @@ class LowRankAdapter:
     config: Mapping[str, Any]
     base_fingerprint: str | None
     copies: Mapping[str, Tensor]
+    base_quant: str | None = None
 
 
 def read_low_rank(folder: str | Path) -> LowRankAdapter:
@@ -59,7 +60,8 @@ def read_low_rank(folder: str | Path) -> LowRankAdapter:
     content = read_folder(folder)
     if not LoRA.is_peft(content.config):
         kind = "DoRA" if content.config.get("use_dora") else repr(content.config.get("peft_type"))
-        raise AdapterError(f"{folder}: peft_type is {kind}; this can be computed for LORA only.")
+        hint = " `lorica adapter static` writes a LoRA of it." if "HYDRA" in kind else ""
+        raise AdapterError(f"{folder}: peft_type is {kind}; this can be computed for LORA only.{hint}")
     halves: dict[str, dict[str, Tensor]] = {}
     copies, faults = {}, []
     for key, tensor in content.tensors.items():
@@ -90,7 +92,7 @@ def read_low_rank(folder: str | Path) -> LowRankAdapter:
         faults.append("there is no adapter's tensor in it")
     if faults:
         raise AdapterError(f"{folder} cannot be used:\n  " + "\n  ".join(faults[:10]))
-    return LowRankAdapter(pairs, layouts, content.config, content.base_fingerprint, copies)
+    return LowRankAdapter(pairs, layouts, content.config, content.base_fingerprint, copies, content.base_quant)
 
 
 def _layout_and_scale(
@@ -154,7 +156,8 @@ def write_low_rank(folder: str | Path, adapter: LowRankAdapter) -> int:
     scale = {"r": rank, "lora_alpha": rank, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}}
     config = {**adapter.config, **scale, "init_lora_weights": True, "inference_mode": True}
     with whole_folder(Path(folder)) as temporary:
-        write_folder(temporary, AdapterFolder(config, tensors, adapter.base_fingerprint))
+        content = AdapterFolder(config, tensors, adapter.base_fingerprint, base_quant=adapter.base_quant)
+        write_folder(temporary, content)
         again = read_low_rank(temporary)
         same = again.pairs.keys() == plain.keys() and again.layouts == adapter.layouts
         if not same or not all(

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from lorica.errors import AdapterError, LoricaError
 from lorica.interop.content import BESIDE, OPTIONS, PREFIX, Content, by_our_names, is_in, read_content, refuse
-from lorica.interop.folder import AdapterFolder, open_weights, read_config, read_proof, write_folder
+from lorica.interop.folder import AdapterFolder, Proof, open_weights, read_config, read_proof, write_folder
 from lorica.interop.prompts import fold
 from lorica.methods.attach import adapters, attach, detach
 from lorica.methods.beside import Beside, input_embedding, tied_to, wrap_tokens
@@ -30,6 +30,7 @@ from lorica.methods.tokens import tokens_of
 from lorica.methods.virtual import VirtualTokens
 from lorica.models.load import base_fingerprint
 from lorica.models.tasks import CLASSIFICATION, task_of
+from lorica.quant.linear import QuantizedLinear, format_of
 
 # The PEFT version whose fields we write.
 _PEFT_VERSION = "0.21.2"
@@ -60,7 +61,8 @@ def save_adapter(model: nn.Module, folder: str | Path) -> Path:
     tensors = _tensors(found)
     if isinstance(next(iter(found.values())).options, VirtualTokens):
         tensors = fold(tensors)
-    return write_folder(folder, AdapterFolder(_config(model, found), tensors, fingerprint, replaced, labels))
+    quant = format_of(model) if any(adapter.mends for adapter in found.values()) else None
+    return write_folder(folder, AdapterFolder(_config(model, found), tensors, fingerprint, replaced, labels, quant))
 
 
 def load_adapter(model: Model, folder: str | Path) -> Model:
@@ -74,7 +76,8 @@ def load_adapter(model: Model, folder: str | Path) -> Model:
     """
     folder = Path(folder)
     config = read_config(folder)
-    _check_proof(model, folder)
+    proof = read_proof(folder)
+    _check_proof(model, proof, folder)
     with open_weights(folder) as opened:
         file = by_our_names(config, model, opened, folder)
         content = read_content(config, model, file, folder)
@@ -87,6 +90,8 @@ def load_adapter(model: Model, folder: str | Path) -> Model:
         except AdapterError:
             detach(model)
             raise
+    for adapter in adapters(model).values():
+        adapter.mends = proof.base_quant is not None and isinstance(adapter.base, QuantizedLinear)
     return model
 
 
@@ -197,8 +202,16 @@ def _short(names: Iterable[str], everything: Sequence[str], *, dotted: bool) -> 
     return result
 
 
-def _check_proof(model: nn.Module, folder: Path) -> None:
-    expected, replaced = read_proof(folder)
+def _check_proof(model: nn.Module, proof: Proof, folder: Path) -> None:
+    expected, replaced, quant = proof
+    if quant is not None and quant != format_of(model):
+        scheme, _, nested = quant.partition(", ")
+        raise AdapterError(
+            f"{folder} began as what quantising took from its base (init loftq), so it fits the base in {quant} alone, "
+            f"and this one is {format_of(model) or 'not quantised'}. Load it with model.quant={scheme} "
+            f"model.double_quant={str(bool(nested)).lower()}; in Python, lorica.load_model(base, quant={scheme!r}, "
+            f"double_quant={bool(nested)})."
+        )
     if expected is not None and expected != (found := base_fingerprint(model, replaced)):
         raise AdapterError(
             f"{folder} was made for another base: its fingerprint is {expected[:12]}…, this model's is "

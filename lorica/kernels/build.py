@@ -34,14 +34,22 @@ def library(source: str, flags: tuple[str, ...] = ()) -> ctypes.CDLL | None:
     path = _SOURCES / source
     try:
         return ctypes.CDLL(str(_built(path, flags)))
+    except FileNotFoundError as error:
+        _warn(f"the compiled parts cannot be built: {error}")
     except (OSError, subprocess.SubprocessError) as error:
-        warnings.warn(
-            f"{source} cannot be built ({_first_line(error)}), so Lorica goes on without it: right as ever, but slower "
-            "and with more memory. A C and C++ compiler (Debian: apt install gcc g++) is all it needs.",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-        return None
+        _warn(f"{source} cannot be built: {_first_line(error)}")
+    return None
+
+
+@cache
+def _warn(fault: str) -> None:
+    """Once for each fault: without a compiler, for all sources together."""
+    warnings.warn(
+        f"{fault}. Lorica goes on without: right as ever, but slower and with more memory. A C and C++ compiler "
+        "(Debian: apt install gcc g++) is all it needs.",
+        RuntimeWarning,
+        stacklevel=3,
+    )
 
 
 def cache_folder() -> Path:
@@ -54,7 +62,7 @@ def _built(path: Path, flags: Sequence[str]) -> Path:
     variable, default = _COMPILERS[path.suffix]
     compiler = shlex.split(os.environ.get(variable, "")) or [default]
     if shutil.which(compiler[0]) is None:
-        raise FileNotFoundError(f"there is no {compiler[0]}")
+        raise FileNotFoundError("cc or c++ is missing" if compiler == [default] else f"there is no {compiler[0]}")
     command = [*compiler, "-O3", "-fPIC", "-shared", str(path), *flags]
     version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=True, timeout=60).stdout
     texts = [file.read_text() for file in (path, *sorted(path.parent.glob("*.h")))]

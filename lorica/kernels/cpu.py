@@ -23,14 +23,18 @@ from lorica.kernels.linear import cpu_computes, is_widened
 # Contraction would fuse the steps of the 8-bit search into one rounding, and bitsandbytes does not.
 _FLAGS = ("-march=native", "-fopenmp", "-ffp-contract=off", "-lm")
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+WIDE_ROWS = 16
+"""Up to how many rows `linear_16bit` is the faster way (measured, benchmarks/quant.py)."""
+
 _P, _I, _L = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
 _ARGUMENTS = {
     "lorica_quantize_4bit": (_P, _I, _L, _L, _P, _P, _P, _P, _I),
     "lorica_quantize_8bit": (_P, _I, _L, _L, _P, _P, _P, _I),
     "lorica_dequantize_4bit": (_P, _P, _P, _L, _L, _P, _I, _I),
     "lorica_dequantize_8bit": (_P, _P, _P, _L, _L, _P, _I, _I),
-    "lorica_linear_4bit": (_P, _I, _L, _L, _L, _P, _P, _P, _L, _P, _I),
-    "lorica_linear_8bit": (_P, _I, _L, _L, _L, _P, _P, _P, _L, _P, _I),
+    "lorica_linear_4bit": (_P, _I, _L, _L, _L, _P, _P, _P, _L, _P, _I, _P, _P, _P),
+    "lorica_linear_8bit": (_P, _I, _L, _L, _L, _P, _P, _P, _L, _P, _I, _P, _P, _P),
+    "lorica_linear_16bit": (_P, _I, _L, _L, _L, _P, _P, _I),
 }
 
 
@@ -101,41 +105,64 @@ def dequantize_8bit(codes: Tensor, absmax: Tensor, codebook: Tensor, blocksize: 
 
 
 def linear_4bit(
-    x: Tensor, codes: Tensor, absmax: Tensor, codebook: Tensor, blocksize: int, out_features: int
-) -> Tensor:
+    x: Tensor, codes: Tensor, absmax: Tensor, codebook: Tensor, blocksize: int, out_features: int,
+    *nested: Tensor,
+) -> Tensor:  # fmt: skip
     """With few rows the codes meet x in registers; with many, the weight is written out once for a matrix product."""
     if 0 < x.numel() // x.shape[-1] <= fused_rows(x.dtype):
-        return fused_linear_4bit(x, codes, absmax, codebook, blocksize, out_features)
-    shape, dtype = (out_features, x.shape[-1]), _product_dtype(x)
+        return fused_linear_4bit(x, codes, absmax, codebook, blocksize, out_features, *nested)
+    shape, dtype, absmax = (out_features, x.shape[-1]), _product_dtype(x), _scales(absmax, nested)
     return F.linear(x.to(dtype), dequantize_4bit(codes, absmax, codebook, blocksize, shape, dtype)).to(x.dtype)
 
 
 def linear_4bit_input_grad(
-    grad: Tensor, codes: Tensor, absmax: Tensor, codebook: Tensor, blocksize: int, in_features: int
-) -> Tensor:
-    shape, dtype = (grad.shape[-1], in_features), _product_dtype(grad)
+    grad: Tensor, codes: Tensor, absmax: Tensor, codebook: Tensor, blocksize: int, in_features: int,
+    *nested: Tensor,
+) -> Tensor:  # fmt: skip
+    shape, dtype, absmax = (grad.shape[-1], in_features), _product_dtype(grad), _scales(absmax, nested)
     return (grad.to(dtype) @ dequantize_4bit(codes, absmax, codebook, blocksize, shape, dtype)).to(grad.dtype)
 
 
 def linear_8bit(
-    x: Tensor, codes: Tensor, absmax: Tensor, codebook: Tensor, blocksize: int, out_features: int
-) -> Tensor:
+    x: Tensor, codes: Tensor, absmax: Tensor, codebook: Tensor, blocksize: int, out_features: int,
+    *nested: Tensor,
+) -> Tensor:  # fmt: skip
     """With few rows and evenly spaced levels (int8) the codes meet x in registers."""
     if 0 < x.numel() // x.shape[-1] <= min(4, fused_rows(x.dtype)):
-        y = _fused("lorica_linear_8bit", x, codes, absmax, codebook, blocksize, out_features)
+        y = _fused("lorica_linear_8bit", x, codes, absmax, codebook, blocksize, out_features, *nested)
         if y is not None:
             return y
-    dtype = _product_dtype(x)
+    dtype, absmax = _product_dtype(x), _scales(absmax, nested)
     weight = dequantize_8bit(codes, absmax, codebook, blocksize, dtype).reshape(out_features, x.shape[-1])
     return F.linear(x.to(dtype), weight).to(x.dtype)
 
 
 def linear_8bit_input_grad(
-    grad: Tensor, codes: Tensor, absmax: Tensor, codebook: Tensor, blocksize: int, in_features: int
-) -> Tensor:
-    dtype = _product_dtype(grad)
+    grad: Tensor, codes: Tensor, absmax: Tensor, codebook: Tensor, blocksize: int, in_features: int,
+    *nested: Tensor,
+) -> Tensor:  # fmt: skip
+    dtype, absmax = _product_dtype(grad), _scales(absmax, nested)
     weight = dequantize_8bit(codes, absmax, codebook, blocksize, dtype).reshape(grad.shape[-1], in_features)
     return (grad.to(dtype) @ weight).to(grad.dtype)
+
+
+def linear_16bit(x: Tensor, weight: Tensor) -> Tensor:
+    """With up to `WIDE_ROWS` rows the weight is read once, and becomes float32 in registers only."""
+    built, num_rows = compiled(), x.numel() // x.shape[-1]
+    if built is None or x.dtype.itemsize != 2 or weight.dtype != x.dtype or not 0 < num_rows <= WIDE_ROWS:
+        return reference.linear_16bit(x, weight)
+    x, weight = x.contiguous(), weight.contiguous()
+    out_features, in_features = weight.shape
+    y = torch.empty((*x.shape[:-1], out_features), dtype=x.dtype)
+    built.lorica_linear_16bit(
+        x.data_ptr(), _TYPES[x.dtype], num_rows, in_features, out_features, weight.data_ptr(), y.data_ptr(),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return y
+
+
+def _scales(absmax: Tensor, nested: Sequence[Tensor]) -> Tensor:
+    return reference.scales(absmax, nested, dequantize_8bit)
 
 
 def _product_dtype(x: Tensor) -> torch.dtype:
@@ -151,17 +178,19 @@ def fused_rows(dtype: torch.dtype) -> int:
 
 
 def fused_linear_4bit(
-    x: Tensor, codes: Tensor, absmax: Tensor, codebook: Tensor, blocksize: int, out_features: int
-) -> Tensor:
+    x: Tensor, codes: Tensor, absmax: Tensor, codebook: Tensor, blocksize: int, out_features: int,
+    *nested: Tensor,
+) -> Tensor:  # fmt: skip
     """x W^T without W ever being written out. x float32, bfloat16 or float16; sums are in float32."""
-    y = _fused("lorica_linear_4bit", x, codes, absmax, codebook, blocksize, out_features)
+    y = _fused("lorica_linear_4bit", x, codes, absmax, codebook, blocksize, out_features, *nested)
     assert y is not None
     return y
 
 
 def _fused(
-    name: str, x: Tensor, codes: Tensor, absmax: Tensor, codebook: Tensor, blocksize: int, out_features: int
-) -> Tensor | None:
+    name: str, x: Tensor, codes: Tensor, absmax: Tensor, codebook: Tensor, blocksize: int, out_features: int,
+    *nested: Tensor,
+) -> Tensor | None:  # fmt: skip
     """None where the C function says that this is not for it."""
     built, in_features = compiled(), x.shape[-1]
     assert built is not None and x.dtype in _TYPES
@@ -170,6 +199,7 @@ def _fused(
     is_done = getattr(built, name)(
         x.data_ptr(), _TYPES[x.dtype], x.numel() // in_features, in_features, out_features, codes.data_ptr(),
         absmax.data_ptr(), codebook.data_ptr(), blocksize, y.data_ptr(), torch.get_num_threads(),
+        *([part.data_ptr() for part in nested] or (None, None, None)),
     )  # fmt: skip
     return y if is_done else None
 

@@ -99,7 +99,7 @@ def attend(
     """
     borders = _borders(cu_seqlens, query.shape[0], query.shape[2], key.shape[2])
     query, key, value = (t if t.stride(3) == 1 else t.contiguous() for t in (query, key, value))
-    prefixes = (None, None)
+    prefixes: tuple[Tensor | None, Tensor | None] = (None, None)
     if prefix_key is not None and prefix_value is not None:
         prefixes = prefix_key.to(key.dtype).contiguous(), prefix_value.to(key.dtype).contiguous()
     limit = window if causal and window is not None else _NO_WINDOW
@@ -141,7 +141,6 @@ def _described(
     scale: float,
     causal: bool,
     window: int,
-    **more: Any,
 ) -> _Attention:
     return _Attention(
         type=_TYPES[query.dtype],
@@ -160,7 +159,6 @@ def _described(
         prefix_key=None if prefix_key is None else prefix_key.data_ptr(),
         prefix_value=None if prefix_value is None else prefix_value.data_ptr(),
         log_sum=log_sum.data_ptr(),
-        **more,
     )
 
 
@@ -181,13 +179,13 @@ def _forward(
     window: int,
 ) -> tuple[Tensor, Tensor]:
     out, log_sum = _fake_forward(query, key, value)
-    parts = (query, key, value, borders, prefix_key, prefix_value, out, log_sum, scale, causal, window)
-    _run("lorica_attention", _described(*parts))
+    described = _described(query, key, value, borders, prefix_key, prefix_value, out, log_sum, scale, causal, window)
+    _run("lorica_attention", described)
     return out, log_sum
 
 
 def _fake_forward(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    rows, heads, tokens, _ = query.shape
+    rows, heads, tokens = query.shape[:3]
     out = _by_token(query, (rows, heads, tokens, value.shape[3]))
     return out, query.new_empty((rows * tokens, heads), dtype=torch.float32)
 
@@ -216,15 +214,11 @@ def _backward(
     grad = grad if grad.stride(3) == 1 else grad.contiguous()
     grads = [_by_token(t, t.shape) for t in (query, key, value)]
     of_prefixes = [torch.empty((borders.shape[0], *_shape(t)), dtype=torch.float32) for t in (prefix_key, prefix_value)]
-    parts = (query, key, value, borders, prefix_key, prefix_value, out, log_sum, scale, causal, window)
-    description = _described(
-        *parts,
-        grad=_Tensor4.of(grad),
-        **dict(zip(("grad_query", "grad_key", "grad_value"), map(_Tensor4.of, grads), strict=True)),
-        grad_prefix_key=of_prefixes[0].data_ptr(),
-        grad_prefix_value=of_prefixes[1].data_ptr(),
-    )
-    _run("lorica_attention_backward", description)
+    described = _described(query, key, value, borders, prefix_key, prefix_value, out, log_sum, scale, causal, window)
+    described.grad = _Tensor4.of(grad)
+    described.grad_query, described.grad_key, described.grad_value = map(_Tensor4.of, grads)
+    described.grad_prefix_key, described.grad_prefix_value = (t.data_ptr() for t in of_prefixes)
+    _run("lorica_attention_backward", described)
     in_key, in_value = (t.sum(0).to(key.dtype) for t in of_prefixes)
     return grads[0], grads[1], grads[2], in_key, in_value
 

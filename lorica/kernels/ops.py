@@ -5,7 +5,9 @@ them, and autograd knows the derivative of the product. Formulas, shapes and dty
 also answers on every device that has no kernels of its own. Operators of the dispatcher cost 3 us a call where
 `torch.library.custom_op` costs 10, which counts in decoding: a token passes through 7 of them a layer.
 
-The codebook is an argument, so one operator serves all schemes. Only `x` has a derivative: codes are frozen.
+The codebook is an argument, so one operator serves all schemes. Only `x` has a derivative: codes are frozen. Products
+take scales that are quantised themselves as they are: `absmax` is uint8 then, and behind the other arguments stand the
+absmax of its blocks of 256, its levels and its offset. `linear_16bit` has no derivative (kernels/linear.py).
 """
 
 from __future__ import annotations
@@ -25,10 +27,11 @@ _SCHEMAS = {
     "dequantize_4bit": "(Tensor codes, Tensor absmax, Tensor codebook, int blocksize, SymInt[] shape, ScalarType dtype)"
     " -> Tensor",
     "dequantize_8bit": "(Tensor codes, Tensor absmax, Tensor codebook, int blocksize, ScalarType dtype) -> Tensor",
-    "linear_4bit": "(Tensor x, Tensor codes, Tensor absmax, Tensor codebook, int blocksize, SymInt out_features)"
-    " -> Tensor",
+    "linear_4bit": "(Tensor x, Tensor codes, Tensor absmax, Tensor codebook, int blocksize, SymInt out_features,"
+    " Tensor? nested=None, Tensor? levels=None, Tensor? offset=None) -> Tensor",
     "linear_4bit_input_grad": "(Tensor grad, Tensor codes, Tensor absmax, Tensor codebook, int blocksize,"
-    " SymInt in_features) -> Tensor",
+    " SymInt in_features, Tensor? nested=None, Tensor? levels=None, Tensor? offset=None) -> Tensor",
+    "linear_16bit": "(Tensor x, Tensor weight) -> Tensor",
 }
 for _name in ("linear_4bit", "linear_4bit_input_grad"):
     _SCHEMAS[_name.replace("4", "8")] = _SCHEMAS[_name]
@@ -56,8 +59,15 @@ def _fake_dequantize_8bit(
     return codes.new_empty(codes.shape, dtype=dtype)
 
 
-def _fake_product(x: Tensor, codes: Tensor, absmax: Tensor, codebook: Tensor, blocksize: int, features: int) -> Tensor:
+def _fake_product(
+    x: Tensor, codes: Tensor, absmax: Tensor, codebook: Tensor, blocksize: int, features: int,
+    *nested: Tensor,
+) -> Tensor:  # fmt: skip
     return x.new_empty((*x.shape[:-1], features))
+
+
+def _fake_linear_16bit(x: Tensor, weight: Tensor) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
 def _on_cuda(name: str) -> Callable[..., Any]:
@@ -82,6 +92,7 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "linear_4bit_input_grad": _fake_product,
     "linear_8bit": _fake_product,
     "linear_8bit_input_grad": _fake_product,
+    "linear_16bit": _fake_linear_16bit,
 }
 
 for _name, _schema in _SCHEMAS.items():
@@ -96,17 +107,19 @@ for _name, _schema in _SCHEMAS.items():
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, codes, absmax, codebook, ctx.blocksize, _ = inputs
+    x, codes, absmax, codebook, ctx.blocksize, _, *nested = inputs
     ctx.features = x.shape[-1]
-    ctx.save_for_backward(codes, absmax, codebook)
+    ctx.save_for_backward(codes, absmax, codebook, *(part for part in nested if part is not None))
 
 
 def _derivative(name: str, of: str) -> None:
     """The two products are each other's derivative, so derivatives of any order exist."""
     op = getattr(torch.ops.lorica, name).default
 
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return op(grad, *ctx.saved_tensors, ctx.blocksize, ctx.features), None, None, None, None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        codes, absmax, codebook, *nested = ctx.saved_tensors
+        made = op(grad, codes, absmax, codebook, ctx.blocksize, ctx.features, *nested)
+        return made, *[None] * 8
 
     torch.library.register_autograd(f"lorica::{of}", backward, setup_context=_keep, lib=_LIBRARY)
 
@@ -123,3 +136,4 @@ linear_4bit = torch.ops.lorica.linear_4bit.default
 linear_4bit_input_grad = torch.ops.lorica.linear_4bit_input_grad.default
 linear_8bit = torch.ops.lorica.linear_8bit.default
 linear_8bit_input_grad = torch.ops.lorica.linear_8bit_input_grad.default
+linear_16bit = torch.ops.lorica.linear_16bit.default

@@ -17,7 +17,7 @@ A NaN or an infinity is never hidden: its block's absmax is NaN or infinite. (In
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 
 import torch
@@ -25,6 +25,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 LEAST_ABSMAX = 1e-38
+SCALE_BLOCKSIZE = 256
+"""Scales in a block of scales, where those are quantised too."""
 _STEPS = 65536
 # Elements at once, a multiple of every block size: so what is computed on the way takes little memory.
 _CHUNK = 2**16
@@ -89,33 +91,56 @@ def dequantize_8bit(codes: Tensor, absmax: Tensor, codebook: Tensor, blocksize: 
 
 
 def linear_4bit(
-    x: Tensor, codes: Tensor, absmax: Tensor, codebook: Tensor, blocksize: int, out_features: int
-) -> Tensor:
+    x: Tensor, codes: Tensor, absmax: Tensor, codebook: Tensor, blocksize: int, out_features: int,
+    *nested: Tensor,
+) -> Tensor:  # fmt: skip
     """x W^T in the dtype of x: x [..., in], W [out, in] in 4 bits."""
+    absmax = scales(absmax, nested)
     return F.linear(x, dequantize_4bit(codes, absmax, codebook, blocksize, (out_features, x.shape[-1]), x.dtype))
 
 
 def linear_4bit_input_grad(
-    grad: Tensor, codes: Tensor, absmax: Tensor, codebook: Tensor, blocksize: int, in_features: int
-) -> Tensor:
+    grad: Tensor, codes: Tensor, absmax: Tensor, codebook: Tensor, blocksize: int, in_features: int,
+    *nested: Tensor,
+) -> Tensor:  # fmt: skip
     """grad W in the dtype of grad: grad [..., out], W [out, in] in 4 bits."""
+    absmax = scales(absmax, nested)
     return grad @ dequantize_4bit(codes, absmax, codebook, blocksize, (grad.shape[-1], in_features), grad.dtype)
 
 
 def linear_8bit(
-    x: Tensor, codes: Tensor, absmax: Tensor, codebook: Tensor, blocksize: int, out_features: int
-) -> Tensor:
+    x: Tensor, codes: Tensor, absmax: Tensor, codebook: Tensor, blocksize: int, out_features: int,
+    *nested: Tensor,
+) -> Tensor:  # fmt: skip
     """x W^T in the dtype of x: x [..., in], W [out, in] in 8 bits."""
-    weight = dequantize_8bit(codes, absmax, codebook, blocksize, x.dtype)
+    weight = dequantize_8bit(codes, scales(absmax, nested), codebook, blocksize, x.dtype)
     return F.linear(x, weight.reshape(out_features, x.shape[-1]))
 
 
 def linear_8bit_input_grad(
-    grad: Tensor, codes: Tensor, absmax: Tensor, codebook: Tensor, blocksize: int, in_features: int
-) -> Tensor:
+    grad: Tensor, codes: Tensor, absmax: Tensor, codebook: Tensor, blocksize: int, in_features: int,
+    *nested: Tensor,
+) -> Tensor:  # fmt: skip
     """grad W in the dtype of grad: grad [..., out], W [out, in] in 8 bits."""
-    weight = dequantize_8bit(codes, absmax, codebook, blocksize, grad.dtype)
+    weight = dequantize_8bit(codes, scales(absmax, nested), codebook, blocksize, grad.dtype)
     return grad @ weight.reshape(grad.shape[-1], in_features)
+
+
+def linear_16bit(x: Tensor, weight: Tensor) -> Tensor:
+    """x W^T, x [..., in] and W [out, in] of one dtype, with sums in float32, or in float64 for that."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return F.linear(x.to(wide), weight.to(wide)).to(x.dtype)
+
+
+def scales(
+    absmax: Tensor, nested: Sequence[Tensor], dequantize_8bit: Callable[..., Tensor] = dequantize_8bit
+) -> Tensor:
+    """absmax as float32: as it is, or where it is quantised itself (uint8), out of what `nested` holds: the absmax of
+    its blocks, its levels and its offset."""
+    if not nested:
+        return absmax
+    outer, levels, offset = nested
+    return dequantize_8bit(absmax, outer, levels, SCALE_BLOCKSIZE, torch.float32).add_(offset)
 
 
 def midpoints(codebook: Tensor) -> tuple[Tensor, Tensor]:

@@ -135,9 +135,10 @@ def dequantize_8bit(codes: Tensor, absmax: Tensor, codebook: Tensor, blocksize: 
 
 
 def linear_4bit(
-    x: Tensor, codes: Tensor, absmax: Tensor, codebook: Tensor, blocksize: int, out_features: int
-) -> Tensor:
-    in_features = x.shape[-1]
+    x: Tensor, codes: Tensor, absmax: Tensor, codebook: Tensor, blocksize: int, out_features: int,
+    *nested: Tensor,
+) -> Tensor:  # fmt: skip
+    absmax, in_features = reference.scales(absmax, nested, dequantize_8bit), x.shape[-1]
     num_rows = x.numel() // in_features
     if num_rows > _FUSED_ROWS or x.dtype is torch.float64:
         return F.linear(x, dequantize_4bit(codes, absmax, codebook, blocksize, (out_features, in_features), x.dtype))
@@ -151,21 +152,27 @@ def linear_4bit(
 
 
 def linear_4bit_input_grad(
-    grad: Tensor, codes: Tensor, absmax: Tensor, codebook: Tensor, blocksize: int, in_features: int
-) -> Tensor:
+    grad: Tensor, codes: Tensor, absmax: Tensor, codebook: Tensor, blocksize: int, in_features: int,
+    *nested: Tensor,
+) -> Tensor:  # fmt: skip
+    absmax = reference.scales(absmax, nested, dequantize_8bit)
     return grad @ dequantize_4bit(codes, absmax, codebook, blocksize, (grad.shape[-1], in_features), grad.dtype)
 
 
 def linear_8bit(
-    x: Tensor, codes: Tensor, absmax: Tensor, codebook: Tensor, blocksize: int, out_features: int
-) -> Tensor:
+    x: Tensor, codes: Tensor, absmax: Tensor, codebook: Tensor, blocksize: int, out_features: int,
+    *nested: Tensor,
+) -> Tensor:  # fmt: skip
+    absmax = reference.scales(absmax, nested, dequantize_8bit)
     weight = dequantize_8bit(codes, absmax, codebook, blocksize, x.dtype)
     return F.linear(x, weight.reshape(out_features, x.shape[-1]))
 
 
 def linear_8bit_input_grad(
-    grad: Tensor, codes: Tensor, absmax: Tensor, codebook: Tensor, blocksize: int, in_features: int
-) -> Tensor:
+    grad: Tensor, codes: Tensor, absmax: Tensor, codebook: Tensor, blocksize: int, in_features: int,
+    *nested: Tensor,
+) -> Tensor:  # fmt: skip
+    absmax = reference.scales(absmax, nested, dequantize_8bit)
     return grad @ dequantize_8bit(codes, absmax, codebook, blocksize, grad.dtype).reshape(grad.shape[-1], in_features)
 
 

@@ -20,7 +20,8 @@ from lorica.errors import ConfigError, LoricaError, NotMergeableError
 from lorica.methods.beside import Beside, resolve_beside
 from lorica.methods.method import Adapter, MethodOptions, StartBatches, StartLoss
 from lorica.methods.selection import resolve_targets
-from lorica.quant.linear import format_of, layers
+from lorica.quant.linear import QuantizedLinear, format_of, layers, stored_layer
+from lorica.quant.loading import dequantize
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -33,7 +34,8 @@ def adapt(
     Args:
         loss_fn: (model, inputs, targets) -> a scalar loss. It and `batches` are for options that start from data, such
             as `LoRA(init="eva")`.
-        batches: (inputs, targets) each, `inputs` the keywords for the model's forward.
+        batches: (inputs, targets) each, `inputs` the keywords for the model's forward; (inputs, targets, component) for
+            `HydraLoRA(init="components")`, rows of one component alone.
 
     Raises:
         TargetError: a pattern of `options.targets` matches no module that the method can wrap, or what should be
@@ -139,13 +141,30 @@ def detach(model: Model) -> Model:
 def merge(model: Model) -> Model:
     """A new model of plain modules that computes what `model` computes; `model` stays adapted.
 
-    Tensors that no adapter touches are shared between the two.
+    Tensors that no adapter touches are shared between the two. Adapters that mend what quantising took away are merged
+    into what their base is dequantised to, since no other base is theirs, and nothing is quantised in the new model.
 
     Raises:
         NotMergeableError: one of the adapters is not a fixed change of weights, or stands on quantised ones.
     """
+    if any(adapter.mends for adapter in adapters(model).values()):
+        return dequantize(with_merged(model, [_merged_dense(adapter) for adapter in adapters(model).values()]))
     _refuse_quantised(model)
     return with_merged(model, [adapter.merged() for adapter in adapters(model).values()])
+
+
+def _merged_dense(adapter: Adapter) -> nn.Module:
+    base = adapter.base
+    if not isinstance(base, QuantizedLinear):
+        return adapter.merged()
+    return stored_layer(over(adapter, base.plain()).merged(), base.transposed)
+
+
+def over(adapter: Adapter, base: nn.Module) -> Adapter:
+    """The same adapter around another base."""
+    other = copy.copy(adapter)
+    other._modules = {**adapter._modules, "base": base}
+    return other
 
 
 def with_merged(model: Model, merged: Sequence[nn.Module]) -> Model:

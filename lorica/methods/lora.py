@@ -17,6 +17,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field
@@ -28,10 +29,13 @@ from lorica.methods import inits
 from lorica.methods.lora_conv import LoraConv, check_groups
 from lorica.methods.lora_experts import LoraExperts, is_experts
 from lorica.methods.lora_kinds import LoraEmbedding, LoraLinear
-from lorica.methods.lora_weights import LoraAttention, LoraParameters, LoraWeights, matrices
+from lorica.methods.lora_weights import LoraAttention, LoraParameters, LoraWeights, matrices, parameter_names
 from lorica.methods.low_rank import LowRankOptions, matches, options_from_peft
 from lorica.methods.method import Adapter, Names, StartBatches, StartLoss, unsupported_kind
+from lorica.methods.selection import resolve_targets
 from lorica.methods.starts import STARTS
+from lorica.quant.linear import QuantizedLinear
+from lorica.quant.weight import Mender
 
 # Fields of PEFT's that change what the adapter computes, with the values that mean "not used".
 _UNUSED_BY_PEFT: dict[str, tuple[Any, ...]] = {
@@ -71,11 +75,13 @@ class LoRA(LowRankOptions):
     """Options of LoRA.
 
     Attributes:
-        init: how the pair starts (see `inits.py`); the output is unchanged at the start by all of them. `pissa` and
-            `olora` start from the base's weight, `eva` and `lora_ga` from data (see `starts.py`), linear layers alone;
-            an embedding keeps its own start.
+        init: how the pair starts (see `inits.py`); the output is unchanged at the start by all of them but `loftq`.
+            `pissa` and `olora` start from the base's weight, `eva` and `lora_ga` from data (see `starts.py`), linear
+            layers alone; an embedding keeps its own start. `loftq` starts a quantised layer from what quantising took
+            from it, which the base must have been loaded with: `load_model(base, quant="nf4", method=options)`. Other
+            layers start as with `kaiming` then.
         init_batches: how many batches of the data `eva` and `lora_ga` look at, of `train.batch_tokens` each.
-        svd_niter: iterations of the randomised SVD of `pissa`, None for the exact one.
+        svd_niter: iterations of the randomised SVD of `pissa` and `loftq`, None for the exact one.
         bias: `lora_only` trains the biases of the adapted layers too.
         lora_bias: B has a bias, [out], that is scaled as the product is. Merging needs a base with a bias.
         slices: fused projections of which only some slices of the output are trained, by pattern; the first match
@@ -96,10 +102,10 @@ class LoRA(LowRankOptions):
     can_restart: ClassVar[bool] = True
 
     init: Annotated[
-        Literal["kaiming", "gaussian", "pissa", "olora", "eva", "lora_ga"],
+        Literal["kaiming", "gaussian", "pissa", "olora", "loftq", "eva", "lora_ga"],
         Field(
             description="how the pair starts: at random with lora_b zero, or from the weight's SVD (pissa) or QR "
-            "(olora), the activations (eva) or the gradient (lora_ga)"
+            "(olora), what model.quant takes from it (loftq), the activations (eva) or the gradient (lora_ga)"
         ),
     ] = "kaiming"
     init_batches: Annotated[
@@ -107,7 +113,7 @@ class LoRA(LowRankOptions):
     ] = 8
     svd_niter: Annotated[
         Annotated[int, Field(ge=0, le=4096)] | None,
-        Field(description="iterations of a randomised SVD for init pissa, much faster; null: exact"),
+        Field(description="iterations of a randomised SVD for init pissa or loftq, much faster; null: exact"),
     ] = None
     bias: Annotated[
         Literal["none", "lora_only"], Field(description="lora_only: the biases of the adapted layers are trained too")
@@ -129,8 +135,8 @@ class LoRA(LowRankOptions):
         faults = []
         if self.slices and self.init not in inits.INITS:
             faults.append(f"init {self.init} starts from a whole weight; with slices use kaiming or gaussian")
-        if self.svd_niter is not None and self.init != "pissa":
-            faults.append(f"svd_niter is {self.svd_niter}, but init {self.init} takes no SVD; only pissa does")
+        if self.svd_niter is not None and self.init not in ("pissa", "loftq"):
+            faults.append(f"svd_niter is {self.svd_niter}, but init {self.init} takes no SVD; pissa and loftq do")
         if faults:
             raise ConfigError("LoRA: " + "; ".join(faults) + ".")
 
@@ -184,11 +190,22 @@ class LoRA(LowRankOptions):
         layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLinear)}
         STARTS[self.init](model, layers, loss_fn, batches)
 
+    def menders(self, model: nn.Module) -> Mapping[str, Mender]:
+        if self.init != "loftq":
+            return {}
+        ranks = {name: self.rank_and_scale(name)[0] for name in resolve_targets(model, self)}
+        return {name: partial(inits.loftq, rank=rank, niter=self.svd_niter) for name, rank in ranks.items()}
+
     def wrap_all(self, model: nn.Module, names: Sequence[str]) -> dict[str, Adapter]:
+        if self.init == "loftq" and not any(isinstance(model.get_submodule(name), QuantizedLinear) for name in names):
+            raise TargetError(
+                f"init loftq starts from what quantising takes away, and none of the {len(names)} targets is "
+                "quantised. Load the base with model.quant=nf4 (quant='nf4'), or take init kaiming."
+            )
         idle = [pattern for pattern in self.slices if not any(matches(pattern, name) for name in names)]
         if idle:
             raise TargetError(f"slices: {', '.join(map(repr, idle))} match none of the {len(names)} targets.")
-        parameters = [f"{n}.{key}" for n in names for key, _ in model.get_submodule(n).named_parameters(recurse=False)]
+        parameters = [f"{n}.{key}" for n in names for key in parameter_names(model.get_submodule(n))]
         idle = [pattern for pattern in self.target_parameters if not any(matches(pattern, p) for p in parameters)]
         if idle:
             raise TargetError(
@@ -230,7 +247,7 @@ class LoRA(LowRankOptions):
         """The own parameters of `module` that are adapted one by one: the named ones, or the 3-D ones of experts."""
         if not self.target_parameters:
             return [] if super().takes(module) else matrices(module, 3)
-        own = [key for key, _ in module.named_parameters(recurse=False)]
+        own = parameter_names(module)
         named = [key for key in own if any(matches(pattern, f"{name}.{key}") for pattern in self.target_parameters)]
         if wrong := [key for key in named if key not in matrices(module, 2)]:
             raise TargetError(f"target_parameters: {name}.{wrong[0]} is no matrix, and no stack of matrices.")
@@ -245,8 +262,13 @@ class LoRA(LowRankOptions):
             raise TargetError(f"lora_bias: {name} is an Embedding, which has no bias.")
         # LoRA-GA shares out the singular vectors of twice the rank.
         needed = 2 * rank if self.init == "lora_ga" else rank
-        if self.init not in inits.INITS and needed > min(weight.flatten(1).shape):
+        is_started = self.init not in inits.INITS
+        if self.init == "loftq":
+            is_started = isinstance(module, QuantizedLinear)
+        if is_started and needed > min(weight.flatten(1).shape):
             raise TargetError(f"init {self.init}: rank {needed} is more than {name} has, {list(weight.shape)}.")
+        if self.init == "loftq" and isinstance(module, QuantizedLinear):
+            _check_mended(module, name, rank)
         if self.init in STARTS and not isinstance(module, nn.Linear | Conv1D | nn.Embedding):
             raise TargetError(f"init {self.init} starts linear layers, and {name} is a {type(module).__name__}.")
         if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
@@ -263,6 +285,19 @@ class LoRA(LowRankOptions):
         if out_size % parts:
             raise TargetError(f"slices: the {out_size} outputs of {name} cannot be shared out as {found['sizes']}.")
         return tuple((n * out_size // parts, i in found["train"]) for i, n in enumerate(found["sizes"]))
+
+
+def _check_mended(layer: QuantizedLinear, name: str, rank: int) -> None:
+    """Refuse a quantised layer of which the error was not kept, or of too low a rank."""
+    if layer.mender is None:
+        raise ConfigError(
+            f"init loftq: what quantising took from {name} is not known. A base that is stored quantised does not hold "
+            "it: let model.base name the 16-bit original, with model.quant=nf4. In Python, load it anew with "
+            "lorica.load_model(base, quant='nf4', method=options) each time before it is adapted. Or take init kaiming."
+        )
+    if layer.mended is not None and layer.mended[0].shape[0] < rank:
+        kept = layer.mended[0].shape[0]
+        raise ConfigError(f"init loftq: {name} was loaded for rank {kept}, and rank {rank} is asked for. Load it anew.")
 
 
 def _holder(parameter: str) -> str:

@@ -15,16 +15,15 @@ What it gives up: the rows of the inputs, tokens x chosen experts of them, are k
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
 from lorica.kernels.linear import linear
 from lorica.methods.lora_weights import LoraWeights, nested_sites
+from lorica.quant.experts import QuantizedExperts, group_sizes, grouped_product, parameter_of
 
 if TYPE_CHECKING:
     from lorica.methods.lora import LoRA
@@ -59,9 +58,12 @@ class LoraExperts(LoraWeights):
 
     def _project(self, name: str, rows: Tensor, experts: Tensor) -> Tensor:
         """W x + b + s B A x for rows [S, in] of `experts` [S], which ascend."""
-        weight = self.base.get_parameter(name)
+        weight = parameter_of(self.base, name)
         ends = torch.searchsorted(experts, torch.arange(1, len(weight) + 1, device=experts.device), out_int32=True)
-        y = grouped_linear(rows, weight.mT if self.transposed else weight, ends)
+        if isinstance(weight, QuantizedExperts):
+            y = grouped_product(rows, weight, ends, self.transposed)
+        else:
+            y = grouped_linear(rows, weight.mT if self.transposed else weight, ends)
         if self.base.has_bias:
             y = y.add_(self.base.get_parameter(f"{name}_bias")[experts])
         if name not in self.sites:
@@ -77,15 +79,5 @@ def grouped_linear(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     # The kernel takes rows of whole 16 bytes. On a CPU it is a loop too, and in 16 bits one 36 times slower.
     if rows.device.type != "cpu" and all(size * rows.itemsize % 16 == 0 for size in weight.shape[1:]):
         return F.grouped_mm(rows, weight.to(rows.dtype).mT, offs=ends)
-    parts = torch.split(rows, _sizes(ends, len(rows)))
+    parts = torch.split(rows, group_sizes(ends, len(rows)))
     return torch.cat([linear(part, matrix) for part, matrix in zip(parts, weight, strict=True)])
-
-
-def _sizes(ends: Tensor, num_rows: int) -> list[int]:
-    """How many rows each expert has."""
-    if isinstance(ends, FakeTensor):
-        # A rehearsal's tensors hold no numbers; rows shared out evenly take the same memory.
-        share, rest = divmod(num_rows, len(ends))
-        return [share + (i < rest) for i in range(len(ends))]
-    bounds = [0, *ends.tolist()]
-    return [stop - start for start, stop in pairwise(bounds)]

@@ -17,6 +17,7 @@ What it gives up: nothing is fused across projections that read the same x, and 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,8 @@ from lorica.kernels.linear import linear
 from lorica.methods import inits
 from lorica.methods.low_rank import add_low_rank
 from lorica.methods.method import Adapter
+from lorica.quant.experts import put_plain
+from lorica.quant.linear import QuantizedLinear
 
 if TYPE_CHECKING:
     from lorica.methods.lora import LoRA
@@ -141,6 +144,8 @@ class LoraAdapter(Adapter):
             self.lora_b.data.copy_(self.start_b)
             return
         self._draw(rank)
+        if self.options.init == "loftq" and isinstance(self.base, QuantizedLinear):
+            self._mend(self.base, rank)
         if self.options.init == "lora_ga":
             # Room for what its data will give, so that a rehearsal, which has none, counts it.
             self.start_a, self.start_b = torch.zeros_like(self.lora_a), torch.zeros_like(self.lora_b)
@@ -150,6 +155,17 @@ class LoraAdapter(Adapter):
         # Each trained slice has its own.
         for lora_a in self.lora_a.detach().view(-1, rank, *self.lora_a.shape[1:]):
             inits.INITS.get(self.options.init, inits.kaiming)(lora_a, self.lora_b)
+
+    def _mend(self, base: QuantizedLinear, rank: int) -> None:
+        """Start from what quantising took from the base, and let the base forget it."""
+        self.mends = True
+        if base.mended is None:
+            # A rehearsal has nothing to take it from.
+            return
+        (lora_a, lora_b), root = base.mended, math.sqrt(self.scale)
+        self.lora_a.data.copy_(lora_a[:rank] / root)
+        self.lora_b.data.copy_(lora_b[:, :rank] / root)
+        base.mender = base.mended = None
 
     def _with_weight(self, delta: Tensor) -> nn.Module:
         weight = (self.weight.detach().float() + delta).to(self.weight.dtype)
@@ -178,7 +194,10 @@ def with_parameters(module: nn.Module, values: dict[str, Tensor]) -> nn.Module:
             inner = holder._modules[child]
             assert inner is not None
             holder._modules[child] = holder = _shallow(inner)
-        holder._parameters[key] = nn.Parameter(value, requires_grad=False)
+        parameter = nn.Parameter(value, requires_grad=False)
+        if key in holder._modules:
+            put_plain(holder, key, parameter)
+        holder._parameters[key] = parameter
     return plain
 
 

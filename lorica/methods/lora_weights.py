@@ -26,6 +26,7 @@ from torch.nn import functional as F
 from lorica.methods import inits
 from lorica.methods.lora_kinds import with_parameters
 from lorica.methods.method import Adapter
+from lorica.quant.experts import own_experts, parameter_of, tensor_of, with_room
 
 if TYPE_CHECKING:
     from lorica.methods.lora import LoRA
@@ -49,7 +50,13 @@ def matrices(module: nn.Module, smallest: int) -> list[str]:
     if isinstance(module, nn.RNNBase):
         return []
     own = module.named_parameters(recurse=False)
-    return [name for name, p in own if smallest <= p.dim() <= 3 and p.is_floating_point()]
+    plain = [name for name, p in own if smallest <= p.dim() <= 3 and p.is_floating_point()]
+    return [*plain, *own_experts(module)]
+
+
+def parameter_names(module: nn.Module) -> list[str]:
+    """The names of the module's own parameters, also of those that are quantised."""
+    return [*(name for name, _ in module.named_parameters(recurse=False)), *own_experts(module)]
 
 
 class LoraWeights(Adapter, ABC):
@@ -67,7 +74,7 @@ class LoraWeights(Adapter, ABC):
         self.transposed = bool(vars(base).get("is_transposed", False))
         self.lora_a, self.lora_b = nn.ParameterDict(), nn.ParameterDict()
         for name, site in self.sites.items():
-            weight = base.get_parameter(name)
+            weight = parameter_of(base, name)
             num, out_size, in_size = (1, *weight.shape) if weight.dim() == 2 else self._sizes(weight)
             factory: dict[str, Any] = {"device": weight.device, "dtype": torch.float32}
             lora_a = torch.empty(num * site.rank, in_size, **factory)
@@ -89,7 +96,7 @@ class LoraWeights(Adapter, ABC):
 
     def delta_weight(self, name: str, dropout: float = 0.0) -> Tensor:
         """s B A in float32, as the parameter `name` lies; each input feature dropped with probability `dropout`."""
-        weight = self.base.get_parameter(name)
+        weight = parameter_of(self.base, name)
         lora_a, lora_b = self.factors(name)
         if dropout:
             lora_a = lora_a * F.dropout(lora_a.new_ones(lora_a.shape[-1]), dropout)
@@ -98,12 +105,12 @@ class LoraWeights(Adapter, ABC):
 
     def adapted(self, name: str) -> Tensor:
         """W' of the parameter `name`, in its dtype."""
-        weight = self.base.get_parameter(name)
+        weight = tensor_of(self.base, name)
         return (weight + self.delta_weight(name, self.dropout if self.training else 0.0)).to(weight.dtype)
 
     @torch.no_grad()
     def merged(self) -> nn.Module:
-        weights = {name: self.base.get_parameter(name) for name in self.sites}
+        weights = {name: tensor_of(self.base, name) for name in self.sites}
         return with_parameters(
             self.base, {name: (weight + self.delta_weight(name)).to(weight.dtype) for name, weight in weights.items()}
         )
@@ -144,7 +151,8 @@ class LoraParameters(LoraWeights):
         super().__init__(base, options, nested_sites(options, name, parameters))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return functional_call(self.base, {name: self.adapted(name) for name in self.sites}, args, kwargs)
+        base = with_room(self.base, self.sites) if own_experts(self.base) else self.base
+        return functional_call(base, {name: self.adapted(name) for name in self.sites}, args, kwargs)
 
 
 def nested_sites(options: LoRA, name: str, parameters: Sequence[str]) -> dict[str, Site]:

@@ -33,6 +33,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from torch import Tensor, nn
 
 from lorica.errors import ConfigError, TargetError
+from lorica.quant.weight import Mender
 
 
 def _targets(value: object) -> object:
@@ -71,8 +72,8 @@ Names = Annotated[tuple[str, ...], BeforeValidator(lambda value: tuple(value) if
 Rank = Annotated[int, Field(ge=1, le=65536)]
 Positive = Annotated[float, Field(gt=0)]
 Probability = Annotated[float, Field(ge=0, lt=1)]
-StartBatches = Sequence[tuple[Mapping[str, Any], Tensor]]
-"""Keywords for the model's forward and the targets [B, T], for each batch."""
+StartBatches = Sequence[tuple[Mapping[str, Any], Tensor] | tuple[Mapping[str, Any], Tensor, int]]
+"""Keywords for the model's forward and the targets [B, T], for each batch; and the component that its rows are of."""
 StartLoss = Callable[[Any, Mapping[str, Any], Tensor], Tensor]
 """(model, keywords, targets) -> a scalar loss."""
 
@@ -86,12 +87,14 @@ class Adapter(nn.Module, ABC):
         is_beside: whether it is trained beside the method's own adapters (`beside.py`), and is none of them.
         replaced: names of the base's parameters of which the output does not depend on every value: what an adapter
             was trained on is told by the others.
+        mends: whether it began as what quantising took from its base: it belongs to the quantised base alone.
     """
 
     base: nn.Module
     options: MethodOptions
     is_beside: bool = False
     replaced: tuple[str, ...] = ()
+    mends: bool = False
 
     def __init__(self, base: nn.Module, options: MethodOptions) -> None:
         super().__init__()
@@ -218,6 +221,14 @@ class MethodOptions(ABC):
     def wrap_all(self, model: nn.Module, names: Sequence[str]) -> dict[str, Adapter]:
         """Wrap the modules at `names`, nothing replaced yet. For methods whose adapters share something."""
         return {name: self.wrap(model.get_submodule(name), name) for name in names}
+
+    def menders(self, model: nn.Module) -> Mapping[str, Mender]:
+        """By module, what wants to see what quantising takes from the weight; asked before `model` has weights.
+
+        Raises:
+            TargetError: `targets` matches nothing.
+        """
+        return {}
 
     @property
     def num_start_batches(self) -> int:

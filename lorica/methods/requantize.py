@@ -8,16 +8,17 @@ quantised loses nothing, which is why `merge` refuses this and only `lorica merg
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from lorica.methods.attach import adapters, with_merged
+from lorica.methods.attach import adapters, over, with_merged
 from lorica.methods.method import Adapter
+from lorica.quant.experts import empty_experts, own_experts, put_experts
 from lorica.quant.linear import QuantizedLinear, empty_like
+from lorica.quant.weight import QuantizedWeight
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -43,29 +44,38 @@ def merge_requantized(model: Model) -> tuple[Model, Drift]:
     """
     merged, sums, count = [], torch.zeros(3, dtype=torch.float64), 0
     for adapter in adapters(model).values():
-        if not isinstance(adapter.base, QuantizedLinear):
-            merged.append(adapter.merged())
-            continue
-        base = adapter.base
-        exact = _over(adapter, base.plain()).merged()
-        made = empty_like(exact, base.scheme, base.nested_absmax is not None)
-        made.take({"weight": _weight(exact)})
-        made.origin = None
-        merged.append(made)
-        distances = (_weight(exact), _weight(exact) - base.weight, made.weight - _weight(exact))
-        sums += torch.stack([d.double().abs().sum().cpu() for d in distances])
-        count += base.in_features * base.out_features
+        plain, changes = _requantized(adapter)
+        merged.append(plain)
+        for before, exact, after in changes:
+            distances = (exact, exact - before.dense(), after.dense() - exact)
+            sums += torch.stack([d.double().abs().sum().cpu() for d in distances])
+            count += exact.numel()
     weight, change, error = (sums / max(1, count)).tolist()
     return with_merged(model, merged), Drift(weight, change, error)
 
 
-def _over(adapter: Adapter, base: nn.Module) -> Adapter:
-    """The same adapter around another base."""
-    other = copy.copy(adapter)
-    other._modules = {**adapter._modules, "base": base}
-    return other
+def _requantized(adapter: Adapter) -> tuple[nn.Module, list[tuple[QuantizedWeight, Tensor, QuantizedWeight]]]:
+    """The merged module, and each quantised weight of it: as it was, with the change, and quantised again."""
+    base = adapter.base
+    if isinstance(base, QuantizedLinear):
+        plain = over(adapter, base.plain()).merged()
+        layer = empty_like(plain, base.scheme, base.nested_absmax is not None)
+        exact: Tensor = plain.weight.detach()  # type: ignore[operator]
+        return layer, [(base, exact, _filled(layer, exact))]
+    merged = adapter.merged()
+    changes: list[tuple[QuantizedWeight, Tensor, QuantizedWeight]] = []
+    for name, before in own_experts(base).items():
+        # Those that the adapter has not changed are the base's.
+        if name in merged._parameters:
+            exact = merged.get_parameter(name).detach()
+            after = empty_experts(exact, before.scheme, before.nested_absmax is not None)
+            put_experts(merged, name, after)
+            changes.append((before, exact, _filled(after, exact)))
+    return merged, changes
 
 
-def _weight(layer: nn.Module) -> Tensor:
-    weight: Tensor = layer.weight  # type: ignore[assignment]
-    return weight.detach()
+def _filled(weight: QuantizedWeight, exact: Tensor) -> QuantizedWeight:
+    weight.take({"weight": exact})
+    # It is no weight of the original.
+    weight.origin = None
+    return weight

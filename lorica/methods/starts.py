@@ -110,7 +110,7 @@ def eva(model: nn.Module, layers: Mapping[str, LoraLinear], loss_fn: StartLoss, 
     handles = [layer.register_forward_pre_hook(hook(name)) for name, layer in layers.items()]
     try:
         with _evaluating(model):
-            for inputs, targets in batches:
+            for inputs, targets, *_ in batches:
                 padding = inputs.get("attention_mask")
                 loss_fn(model, inputs, targets)
     finally:
@@ -179,7 +179,7 @@ def _gradients(
     # Each pass draws the base's own dropout alike, or it would multiply by another G.
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        for inputs, targets in batches:
+        for inputs, targets, *_ in batches:
             loss_fn(model, inputs, targets).backward()  # type: ignore[no-untyped-call]
     found = [(name, getattr(layer, trained).grad) for name, layer in layers.items()]
     model.zero_grad(set_to_none=True)

@@ -110,6 +110,11 @@ class _Gated(torch.autograd.Function):
 @contextmanager
 def _made_again(tensor: Tensor, make: Callable[[], Tensor]) -> Iterator[None]:
     """Operations inside keep `make` for backward instead of `tensor`, and instead of views of the whole of it."""
+    if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+        # Activation checkpointing decides what is kept. Hooks inside its own would take its place, and what `make`
+        # needs, gate and up of every layer, would be kept all the same.
+        yield
+        return
     storage = tensor.untyped_storage()._cdata
 
     def pack(kept: Tensor) -> Tensor | torch.Size:

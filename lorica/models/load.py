@@ -27,15 +27,15 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from lorica.assets import embedded_base
-from lorica.errors import ModelError
+from lorica.errors import ModelError, TargetError
 from lorica.files import read_json_object
 from lorica.kernels import attention
 from lorica.kernels.linear import Linear, cpu_computes, is_widened
 from lorica.models.lean import use_lean_layers
 from lorica.models.tasks import CLASSIFICATION, choose_task, head_modules, is_encoder, own_labels, set_labels
-from lorica.quant.linear import fingerprint
 from lorica.quant.linear import layers as quantized_layers
-from lorica.quant.loading import loading_arguments
+from lorica.quant.loading import Method, lacks, loading_arguments
+from lorica.quant.weight import fingerprint
 
 EMBEDDED = "embedded"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -55,6 +55,7 @@ def load_model(
     seed: int = 0,
     quant: str | None = None,
     double_quant: bool = True,
+    method: Method | None = None,
 ) -> PreTrainedModel:
     """Load a model, frozen nowhere and adapted nowhere, in evaluation mode.
 
@@ -71,11 +72,13 @@ def load_model(
         quant: `"nf4"` quantises the linear layers, but for the output head, while they are read, a tensor at a time;
             `dtype` is then that of the rest. A checkpoint that is quantised already is read as it is.
         double_quant: quantise the scales too.
+        method: that the model will be adapted with. Only `LoRA(init="loftq")`, which starts from what quantising takes
+            away, must be known here.
 
     Raises:
         ModelError: the folder is missing or damaged, holds pickled weights only, asks for code of its own, or cannot
             do the task; its weights are quantised in a way that is not known.
-        ConfigError: `quant` is no scheme.
+        ConfigError: `quant` is no scheme; TargetError, one of them: `method.targets` matches nothing.
     """
     return load_with_head(
         base,
@@ -87,6 +90,7 @@ def load_model(
         seed=seed,
         quant=quant,
         double_quant=double_quant,
+        method=method,
     )[0]
 
 
@@ -101,6 +105,7 @@ def load_with_head(
     seed: int = 0,
     quant: str | None = None,
     double_quant: bool = True,
+    method: Method | None = None,
 ) -> tuple[PreTrainedModel, tuple[str, ...]]:
     """As `load_model`, and the names of the modules that have to be trained whole: a classifier's head, and whatever
     else the checkpoint does not hold (the pooling layer of a masked language model).
@@ -112,7 +117,7 @@ def load_with_head(
         if not (labels or own):
             raise ModelError(f"{base}: a classifier's head needs the names of its classes: labels=(...).")
         set_labels(config, labels or own)
-    quantisation = loading_arguments(str(base), config, quant, double_quant)
+    quantisation = loading_arguments(str(base), config, quant, double_quant, method)
     transformers_logging.disable_progress_bar()
     try:
         with torch.random.fork_rng(devices=[]), _quiet(chosen is CLASSIFICATION):
@@ -129,9 +134,15 @@ def load_with_head(
             )
             if chosen is CLASSIFICATION and tuple(labels or own) != own:
                 _renew_head(model)
+    except TargetError:
+        raise
+    except ModelError as error:
+        raise ModelError(f"{base}: {error}") from None
     except Exception as error:
         # from_pretrained raises whatever its many parts raise; every one of them means that this base cannot be used.
         raise ModelError(f"{base}: the model cannot be loaded. {type(error).__name__}: {error}") from error
+    if report["missing_keys"] and chosen is not CLASSIFICATION:
+        raise ModelError(f"{base}: {lacks(report['missing_keys'])}")
     heads = head_modules(model)
     missing = [key.rpartition(".")[0] for key in report["missing_keys"] if chosen is CLASSIFICATION]
     others = sorted({name for name in missing if name.partition(".")[0] not in heads})
@@ -264,13 +275,14 @@ def _base_samples(model: nn.Module) -> dict[str, Callable[[], bytes]]:
     """What gives the `fingerprint` of each of the base's tensors, by the name that it has in the bare model."""
     # An adapter holds the module it wraps as `base`, and what it adds is float32 beside it.
     wrapped = {name for name, module in model.named_modules() if "base" in module._modules and name}
-    origins = {name: layer.origin for name, layer in quantized_layers(model)}
+    weights = dict(quantized_layers(model))
     samples: dict[str, Callable[[], bytes]] = {}
     for name, parameter in model.named_parameters():
         holder, _, kind = name.rpartition(".")
-        origin = None if kind == "bias" else origins.get(holder)
+        weight = None if kind == "bias" else weights.get(holder)
+        origin = None if weight is None else weight.origin
         # The parts of a quantised weight stand for the one that it was made of.
-        shown = name if origin is None else f"{holder}.weight"
+        shown = name if weight is None or origin is None else weight.name_in_state(holder)
         sample = partial(fingerprint, parameter) if origin is None else partial(bytes, origin)
         owner = next((w for w in wrapped if name.startswith(f"{w}.")), None)
         if owner is None:

@@ -124,10 +124,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 logits = head(F.pad(rows, (0, 0, 0, -rows.shape[0] % _ROUND_TO)))[: rows.shape[0]]
             loss, grad_logits = _softmax_cross_entropy(logits.detach(), targets[begin : begin + chunk], wants)
             total += loss
-            if grad_logits is None:
-                continue
             inputs = ([rows] if wants_hidden else []) + list(parameters)
-            found = list(torch.autograd.grad(logits, inputs, grad_logits))
+            found = [] if grad_logits is None else list(torch.autograd.grad(logits, inputs, grad_logits))
+            # Or they would be there beside the next chunk's.
+            del logits, grad_logits
+            if not found:
+                continue
             if grad_hidden is not None:
                 grad_hidden[begin : begin + chunk] = found.pop(0)
             for grad, part in zip(grads, found, strict=True):

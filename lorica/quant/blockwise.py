@@ -21,9 +21,9 @@ from torch import Tensor
 from lorica.errors import ConfigError
 from lorica.kernels import ops
 from lorica.kernels.nf4 import check_quantizable
+from lorica.kernels.reference import SCALE_BLOCKSIZE
 from lorica.quant.codebooks import bits, codebook
 
-SCALE_BLOCKSIZE = 256
 SCALE_SCHEME = "dynamic"
 
 
@@ -58,13 +58,14 @@ class Quantized:
         parts = [self.codes, self.absmax, *((self.nested.absmax, self.nested.offset) if self.nested else ())]
         return sum(part.numel() * part.element_size() for part in parts)
 
-    def scales(self) -> Tensor:
-        """The absmax of the blocks as float32 [ceil(n / blocksize)]."""
+    def scales(self, first: int = 0, last: int | None = None) -> Tensor:
+        """The absmax of the blocks as float32 [ceil(n / blocksize)], or those of the blocks from `first` to `last`."""
         if self.nested is None:
-            return self.absmax
-        levels = codebook(SCALE_SCHEME, self.absmax.device)
-        scales: Tensor = ops.dequantize_8bit(self.absmax, self.nested.absmax, levels, SCALE_BLOCKSIZE, torch.float32)
-        return scales.add_(self.nested.offset)
+            return self.absmax[first:last]
+        levels, begin = codebook(SCALE_SCHEME, self.absmax.device), first // SCALE_BLOCKSIZE
+        codes, absmax = self.absmax[begin * SCALE_BLOCKSIZE : last], self.nested.absmax[begin:]
+        scales: Tensor = ops.dequantize_8bit(codes, absmax, levels, SCALE_BLOCKSIZE, torch.float32)
+        return scales.add_(self.nested.offset)[first - begin * SCALE_BLOCKSIZE :]
 
     def to(self, device: torch.device | str) -> Quantized:
         """The same on another device."""
@@ -87,14 +88,15 @@ def quantize(weight: Tensor, scheme: str = "nf4", blocksize: int = 64, double_qu
             f"the weight of shape {[*weight.shape]} has NaN or infinite elements, in {num_bad} of {absmax.numel()} "
             "blocks; load it without quantisation to find them"
         )
-    nested = None
-    if double_quant:
-        offset = absmax.mean()
-        absmax, scale_absmax = ops.quantize_8bit(
-            absmax - offset, codebook(SCALE_SCHEME, weight.device), SCALE_BLOCKSIZE
-        )
-        nested = DoubleQuant(scale_absmax, offset)
-    return Quantized(codes, absmax, weight.shape, weight.dtype, scheme, blocksize, nested)
+    scales, nested = quantize_scales(absmax) if double_quant else (absmax, None)
+    return Quantized(codes, scales, weight.shape, weight.dtype, scheme, blocksize, nested)
+
+
+def quantize_scales(absmax: Tensor) -> tuple[Tensor, DoubleQuant]:
+    """The double quantisation of scales, float32 [n]: uint8 [n], and how they are read."""
+    offset = absmax.mean()
+    codes, scale_absmax = ops.quantize_8bit(absmax - offset, codebook(SCALE_SCHEME, absmax.device), SCALE_BLOCKSIZE)
+    return codes, DoubleQuant(scale_absmax, offset)
 
 
 def dequantize(quantized: Quantized, dtype: torch.dtype | None = None) -> Tensor:
@@ -116,7 +118,9 @@ def linear(x: Tensor, quantized: Quantized, bias: Tensor | None = None) -> Tenso
     """
     levels = codebook(quantized.scheme, x.device)
     product = ops.linear_4bit if bits(quantized.scheme) == 4 else ops.linear_8bit
-    y: Tensor = product(x, quantized.codes, quantized.scales(), levels, quantized.blocksize, quantized.shape[0])
+    nested = quantized.nested
+    scales = [] if nested is None else [nested.absmax, codebook(SCALE_SCHEME, x.device), nested.offset]
+    y: Tensor = product(x, quantized.codes, quantized.absmax, levels, quantized.blocksize, quantized.shape[0], *scales)
     return y if bias is None else y + bias.to(y.dtype)
 
 

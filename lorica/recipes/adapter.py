@@ -55,12 +55,16 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Inspection:
-    """What an adapter folder holds. options: what its configuration sets. base_fingerprint: None where not known."""
+    """What an adapter folder holds. options: what its configuration sets. base_fingerprint: None where not known.
+
+    base_quant: the only format of the base that it fits; None: any.
+    """
 
     adapter: str
     method: str
     base: str | None
     base_fingerprint: str | None
+    base_quant: str | None
     num_tensors: int
     num_parameters: int
     bytes: int
@@ -115,6 +119,7 @@ def inspect(adapter: str | Path, *, base: str | None = None) -> Inspection:
         method=str(content.config.get("peft_type")),
         base=content.config.get("base_model_name_or_path"),
         base_fingerprint=content.base_fingerprint,
+        base_quant=content.base_quant,
         num_tensors=len(content.tensors),
         num_parameters=sum(tensor.numel() for tensor in content.tensors.values()),
         bytes=sum(tensor.nbytes for tensor in content.tensors.values()),
@@ -142,7 +147,8 @@ def verify(adapter: str | Path, *, base: str | None = None) -> Verification:
     adapted = logits_of(model, ids)
     plain = logits_of(detach(model), ids)
     change = agreement(adapted, plain, plain, model.dtype)
-    if not change.max_difference > 0:
+    # Less than float32 can tell is what combining left of updates that cancel out.
+    if not change.max_difference > torch.finfo(torch.float32).eps * float(plain.abs().max()):
         what = "makes logits that are not finite" if math.isnan(change.max_difference) else "changes no logit"
         raise AdapterError(
             f"{folder} fits {source.model.base} and {what}: compared on {change.num_tokens} tokens. Was it trained?"
@@ -204,6 +210,7 @@ def scale(adapter: str | Path, factor: float, output: str | Path) -> Computed:
         raise ConfigError(f"The factor is {factor}; expected a finite number.")
     check_free(Path(output))
     source = read_low_rank(_folder(adapter))
+    _check_learned(_folder(adapter), source)
     scaled = {name: pair._replace(scale=pair.scale * factor) for name, pair in source.pairs.items()}
     return _write(output, source, {name: Approximation(pair, 0.0, norm(pair)) for name, pair in scaled.items()})
 
@@ -229,7 +236,8 @@ def combine_adapters(
     folders, weights = zip(*(_weighted(source) for source in sources), strict=True)
     found = [read_low_rank(folder) for folder in folders]
     _check_one_base(dict(zip(map(str, folders), found, strict=True)))
-    for adapter in found:
+    for folder, adapter in zip(folders, found, strict=True):
+        _check_learned(folder, adapter)
         _check_rank(adapter, rank)
     pairs = [adapter.pairs for adapter in found]
     parts = combine(pairs, weights, how, rank=rank, density=density, seed=seed)
@@ -270,6 +278,15 @@ def _check_rank(adapter: LowRankAdapter, rank: int | None) -> None:
     grouped = [name for name, layout in adapter.layouts.items() if layout.num_groups > 1]
     if rank is not None and grouped:
         raise AdapterError(f"{', '.join(grouped[:5])}: a convolution with groups cannot be given another rank.")
+
+
+def _check_learned(folder: Path, adapter: LowRankAdapter) -> None:
+    """Refuse an update of which a part was not learned, for arithmetic on what was."""
+    if adapter.base_quant is not None:
+        raise AdapterError(
+            f"{folder} began as what quantising took from its base (init loftq). That part belongs to the base in "
+            f"{adapter.base_quant} once and whole, so the adapter cannot be scaled or combined with others."
+        )
 
 
 def _folder(adapter: str | Path) -> Path:
@@ -382,5 +399,9 @@ def _print_inspection(result: Inspection) -> None:
         ],
         numeric=("shape", "rank", "scale", "norm", "of the base's", "bytes"),
     )
-    facts = {"base_fingerprint": result.base_fingerprint or "not known", **result.options}
+    facts = {
+        "base_fingerprint": result.base_fingerprint or "not known",
+        **({"base_quant": result.base_quant} if result.base_quant else {}),
+        **result.options,
+    }
     console.table("", ("option", "value"), [(key, value) for key, value in facts.items()])

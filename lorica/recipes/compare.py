@@ -25,6 +25,8 @@ from lorica.recipes.evaluate import shortened, spread
 from lorica.recipes.opening import open_model
 from lorica.recipes.pictures import draw_comparison
 from lorica.recipes.preparing import base_config, prepare
+from lorica.recipes.report import energy_text
+from lorica.recipes.routing import MEANS
 from lorica.recipes.tasks import answering
 from lorica.recipes.train import RESULT
 from lorica.strict_yaml import dump_value
@@ -47,6 +49,8 @@ class RunSummary:
         status: of result.json, or `unfinished`.
         train_loss, eval_loss: the last ones; best_eval_loss: the lowest evaluation loss, at `best_step`. Nats a token.
         scores: of the adapter's answers, from evaluation.json: exact_match, bleu, rouge_l, chrf, 0 to 100.
+        routing: at `best_step`, of HydraLoRA alone: `routing.MEANS`.
+        energy_joules: drawn in steps, of what `energy_source` names; that says why there is none, "" is unknown.
         notes: what is missing or damaged, as sentences.
     """
 
@@ -56,6 +60,8 @@ class RunSummary:
     steps: int | None
     tokens: int | None
     seconds: float | None
+    energy_joules: float | None
+    energy_source: str
     peak_memory_bytes: int | None
     trainable_parameters: int | None
     train_loss: float | None
@@ -63,6 +69,7 @@ class RunSummary:
     best_eval_loss: float | None
     best_step: int | None
     scores: dict[str, float]
+    routing: dict[str, float]
     notes: list[str]
 
 
@@ -152,6 +159,10 @@ def show(comparison: Comparison) -> None:
     for key, title in _SCORES.items():
         if any(key in run.scores for run in runs):
             figures.append([title, *(f"{run.scores[key]:.1f}" if key in run.scores else None for run in runs)])
+    for key in MEANS:
+        if any(key in run.routing for run in runs):
+            title = key.replace("_", " ").replace("nmi", "NMI")
+            figures.append([title, *(_number(run.routing.get(key)) for run in runs)])
     _table("What came of them", ["", *names], figures)
     if comparison.samples:
         rows = [
@@ -182,6 +193,13 @@ def _count(value: int | None) -> str | None:
     return None if value is None else f"{value:,}"
 
 
+def _energy(run: RunSummary) -> str | None:
+    """None for a run that does not say whether it was measured."""
+    if run.energy_joules is None:
+        return "not readable" if run.energy_source else None
+    return energy_text(run.energy_joules, run.energy_source or "so far")
+
+
 def _answer(text: str | None) -> str | None:
     return None if text is None else shortened(text)
 
@@ -191,6 +209,7 @@ _FIGURES: Mapping[str, Callable[[RunSummary], str | None]] = {
     "steps": lambda run: _count(run.steps),
     "tokens": lambda run: _count(run.tokens),
     "time in steps": lambda run: None if run.seconds is None else console.human_seconds(run.seconds),
+    "energy in steps": lambda run: _energy(run),
     "peak memory": lambda run: None if run.peak_memory_bytes is None else console.human_bytes(run.peak_memory_bytes),
     "trainable parameters": lambda run: _count(run.trainable_parameters),
     "training loss, last": lambda run: _number(run.train_loss),
@@ -271,8 +290,8 @@ def _differences(runs: Sequence[_Run]) -> dict[str, dict[str, Any]]:
 def _summary(run: _Run) -> RunSummary:
     """The log says how far a run is; result.json what only a finished run knows."""
     last: Mapping[str, Any] = next((row for row in reversed(run.metrics) if "loss" in row), {})
-    losses = [(row["eval_loss"], row["step"]) for row in run.metrics if row.get("eval_loss") is not None]
-    best, best_step = min(losses, default=(None, None))
+    evaluations = [row for row in run.metrics if row.get("eval_loss") is not None]
+    best: Mapping[str, Any] = min(evaluations, key=lambda row: (row["eval_loss"], row["step"]), default={})
     result = _sound(run.result)
     return RunSummary(
         name=run.name,
@@ -281,13 +300,16 @@ def _summary(run: _Run) -> RunSummary:
         steps=last.get("step"),
         tokens=last.get("tokens"),
         seconds=last.get("seconds"),
+        energy_joules=result.get("energy_joules", last.get("joules")),
+        energy_source=str(run.result.get("energy_source", "")),
         peak_memory_bytes=result.get("peak_memory_bytes", last.get("peak_memory_bytes")),
         trainable_parameters=result.get("trainable_parameters"),
         train_loss=last.get("loss"),
-        eval_loss=losses[-1][0] if losses else None,
-        best_eval_loss=best,
-        best_step=best_step,
+        eval_loss=evaluations[-1]["eval_loss"] if evaluations else None,
+        best_eval_loss=best.get("eval_loss"),
+        best_step=best.get("step"),
         scores=run.scores,
+        routing={key: best[f"eval_{key}"] for key in MEANS if best.get(f"eval_{key}") is not None},
         notes=run.notes,
     )
 

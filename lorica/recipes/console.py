@@ -134,6 +134,14 @@ def human_seconds(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
+def human_joules(joules: float) -> str:
+    """12345 -> "12.3 kJ"; 3.6 MJ are a kilowatt-hour."""
+    for factor, unit in ((1e9, "GJ"), (1e6, "MJ"), (1e3, "kJ")):
+        if joules >= 0.9995 * factor:
+            return f"{joules / factor:.3g} {unit}"
+    return f"{joules:.3g} J"
+
+
 def human_count(count: float) -> str:
     """1234567 -> "1.23 M"; below ten thousand the number itself."""
     if abs(count) < 10_000:

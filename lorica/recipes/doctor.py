@@ -21,6 +21,7 @@ from typing import Literal
 
 from lorica import __version__
 from lorica.recipes import console
+from lorica.training.energy import meter_of
 
 # The lower bounds of pyproject.toml, by distribution; a test compares the two.
 REQUIRED = {
@@ -37,6 +38,7 @@ REQUIRED = {
     "rouge-score": "0.1.2",
     "matplotlib": "3.8",
     "jinja2": "3.1.6",
+    "scikit-learn": "1.6",
 }
 OPTIONAL = {
     "pyarrow": "reads Parquet files: pip install 'lorica[hub]'",
@@ -75,7 +77,7 @@ def doctor() -> Diagnosis:
     checks = [_python(), Check("lorica", "ok", __version__), *_packages()]
     has_torch = not any(check.name == "torch" and check.status == "missing" for check in checks)
     if has_torch:
-        checks += [_cpu(), _gpu()]
+        checks += [_cpu(), _gpu(), _energy()]
     checks += [_memory(), _disk(), compiler()]
     if has_torch:
         checks.append(_pool())
@@ -153,6 +155,16 @@ def _gpu() -> Check:
         properties = torch.cuda.get_device_properties(index)
         names.append(f"{properties.name} ({console.human_bytes(properties.total_memory)})")
     return Check("gpu", "ok", ", ".join(names))
+
+
+def _energy() -> Check:
+    """Whether a run here can say what it draws, on the device that it would take."""
+    import torch
+
+    meter = meter_of(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    if meter.total.joules is None:
+        return Check("energy", "warn", f"not readable: {meter.source}", "runs report time and tokens, and no joules")
+    return Check("energy", "ok", meter.source)
 
 
 def _pool() -> Check:

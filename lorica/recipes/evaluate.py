@@ -29,11 +29,14 @@ from lorica.evaluate.text_metrics import score
 from lorica.files import write_json
 from lorica.interop.peft import load_adapter
 from lorica.methods.attach import in_front
+from lorica.methods.gates import GateWatch, watching
 from lorica.models.loss import LossFunction, make_loss
 from lorica.recipes import console
 from lorica.recipes.classify import ClassificationReport, evaluate_classes
+from lorica.recipes.heat_map import show_routing
 from lorica.recipes.opening import Source, find_source
 from lorica.recipes.preparing import load_rows, prepare
+from lorica.recipes.routing import Routing, Watched, is_routed, other_rows_to_watch, routing_of
 from lorica.recipes.tasks import AnyRenderer, TextRenderer
 
 SHOWN_SAMPLES = 3
@@ -93,7 +96,10 @@ class Unanswered:
 
 @dataclass(frozen=True, slots=True)
 class EvaluationReport:
-    """What an evaluation found. tasks: by task name, where the rows name tasks. samples: every generated answer."""
+    """What an evaluation found. tasks: by task name, where the rows name tasks. samples: every generated answer.
+
+    routing: of HydraLoRA, what its routers did.
+    """
 
     run: str
     data: str
@@ -101,17 +107,19 @@ class EvaluationReport:
     tasks: dict[str, TaskReport]
     samples: list[Sample]
     unanswered: list[Unanswered]
+    routing: Routing | None
 
 
 @dataclass(frozen=True)
 class _Rows:
     """The rows to measure, and which of them to answer.
 
-    groups: row indices by task, all of them under None. answered: row indices, in step with `prompts` (token ids) and
-    `references`. unanswered: prompt tokens of the rows that could not be answered, by row index.
+    watched: the rows as tokens, and what routers are compared with on them. groups: row indices by task, all of them
+    under None. answered: row indices, in step with `prompts` (token ids) and `references`. unanswered: prompt tokens of
+    the rows that could not be answered, by row index.
     """
 
-    dataset: TokenizedDataset
+    watched: Watched
     examples: list[Example]
     groups: dict[str | None, list[int]]
     answered: list[int]
@@ -126,6 +134,7 @@ class _Measured:
 
     totals: dict[str | None, tuple[float, int]]
     answers: dict[int, str]
+    routing: Routing | None
 
 
 def evaluate(
@@ -165,7 +174,7 @@ def evaluate(
         train = prepare(config, renderer.labels).train
         seen = train.labels[train.labels != IGNORE].astype(np.int64)
         return evaluate_classes(folder, model, name, dataset, examples, seen, renderer.labels, layout, config)
-    rows = _choose(dataset, examples, renderer, limit)
+    rows = _choose(other_rows_to_watch(folder, dataset, examples, name), examples, renderer, limit)
     loss_fn = make_loss(model)
     # The adapter's own tokens take room that the base, which is asked here, does not know of.
     virtual = config.method.num_virtual_ids + config.method.position_offset
@@ -182,6 +191,7 @@ def evaluate(
         tasks={task: _task_report(task, rows, before, after) for task in rows.groups if task is not None},
         samples=_samples(rows, tokenizer, before, after),
         unanswered=[Unanswered(examples[index].origin, length) for index, length in rows.unanswered.items()],
+        routing=after.routing,
     )
     write_json(folder / "evaluation.json", console.jsonable(report))
     show(report)
@@ -207,6 +217,8 @@ def show(report: EvaluationReport) -> None:
         answers = [report.samples[index] for index in shown]
         texts = [[s.prompt, s.references[0], *([s.base or ""] if len(sides) == 2 else []), s.adapter] for s in answers]
         console.table("Answers", ["prompt", "reference", *sides], [[shortened(text) for text in row] for row in texts])
+    if report.routing is not None:
+        show_routing(report.routing)
 
 
 def _open_run(run: Path | str, overrides: Sequence[str]) -> tuple[Path, Source]:
@@ -244,7 +256,7 @@ def _load_rows(
     return f"{own} of {config.data.train}", run.eval, run.eval_examples, run.tokenizer, run.renderer
 
 
-def _choose(dataset: TokenizedDataset, examples: list[Example], renderer: TextRenderer, limit: int) -> _Rows:
+def _choose(watched: Watched, examples: list[Example], renderer: TextRenderer, limit: int) -> _Rows:
     """The rows by task, and the conversations among them that are answered."""
     groups: dict[str | None, list[int]] = {}
     for index, example in enumerate(examples):
@@ -254,7 +266,7 @@ def _choose(dataset: TokenizedDataset, examples: list[Example], renderer: TextRe
     answered = spread([index for index, example in enumerate(examples) if example.text is None], limit)
     prompts = [renderer.prompt_ids(examples[index]) for index in answered]
     references = [examples[index].references or (renderer.reference(examples[index]),) for index in answered]
-    return _Rows(dataset, examples, groups, answered, prompts, references, {})
+    return _Rows(watched, examples, groups, answered, prompts, references, {})
 
 
 def _leave_unanswered(model: PreTrainedModel, rows: _Rows, max_new_tokens: int) -> _Rows:
@@ -290,18 +302,23 @@ def _measure(
 ) -> _Measured:
     budget = config.train.micro_batch_tokens or config.train.batch_tokens
 
-    def total(indices: list[int]) -> tuple[float, int]:
-        part = rows.dataset.subset(indices).behind(*in_front(model))
-        result = likelihood(model, loss_fn, layout.batches(part, np.arange(len(part)), budget))
+    def total(indices: list[int], watch: GateWatch) -> tuple[float, int]:
+        dataset = rows.watched.dataset.subset(indices).behind(*in_front(model))
+        components = rows.watched.components[indices]
+        parts = layout.parts(dataset, np.arange(len(dataset)), budget)
+        batches = [layout.make(dataset, part) for part in parts]
+        result = likelihood(model, loss_fn, watch.over(batches, [components[part] for part in parts]))
         return result.loss * result.num_tokens, result.num_tokens
 
-    totals: dict[str | None, tuple[float, int]] = {
-        task: total(indices) for task, indices in rows.groups.items() if task is not None
-    }
-    # Every row is run once: what belongs to no task is all that is left to add.
-    rest = [index for index, example in enumerate(rows.examples) if example.task is None]
-    parts = [*totals.values(), *([total(rest)] if rest else [])]
-    totals[None] = (sum(part[0] for part in parts), sum(part[1] for part in parts))
+    with watching(model, len(rows.watched.names)) as watch:
+        totals: dict[str | None, tuple[float, int]] = {
+            task: total(indices, watch) for task, indices in rows.groups.items() if task is not None
+        }
+        # Every row is run once: what belongs to no task is all that is left to add.
+        rest = [index for index, example in enumerate(rows.examples) if example.task is None]
+        sums = [*totals.values(), *([total(rest, watch)] if rest else [])]
+    totals[None] = (sum(loss for loss, _ in sums), sum(num_tokens for _, num_tokens in sums))
+    routing = routing_of(model, watch.summaries(), rows.watched) if is_routed(model) else None
     ids = generate_ids(
         model,
         tokenizer,
@@ -311,7 +328,7 @@ def _measure(
         batch_size=config.eval.batch_size,
     )
     texts = [str(tokenizer.decode(answer, skip_special_tokens=True)) for answer in ids]
-    return _Measured(totals, dict(zip(rows.answered, texts, strict=True)))
+    return _Measured(totals, dict(zip(rows.answered, texts, strict=True)), routing)
 
 
 def _task_report(task: str | None, rows: _Rows, before: _Measured | None, after: _Measured) -> TaskReport:

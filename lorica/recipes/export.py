@@ -13,6 +13,7 @@ from pathlib import Path
 
 from lorica.errors import ConfigError
 from lorica.files import whole_folder
+from lorica.interop.folder import read_proof
 from lorica.interop.peft import load_adapter, save_adapter
 from lorica.methods.attach import adapters, detach
 from lorica.recipes import console
@@ -59,4 +60,6 @@ def export(run: str | Path, output: str | Path, format: str = "peft", overrides:
         difference = check_read_back(before, logits_of(model, ids), model.device, "Not exported")
         tokenizer.save_pretrained(folder)
     console.log(f"Exported to {output}; read back, its logits are equal.")
+    if quant := read_proof(output).base_quant:
+        console.log(f"It began as what quantising took away, so it is right over the base in {quant} alone.")
     return ExportResult(str(output), format, sorted(p.name for p in output.iterdir()), difference)

@@ -5,6 +5,7 @@ Every offer was rehearsed. A kind of change that harms more is tried only where 
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,6 +16,7 @@ from lorica.config import RunConfig
 from lorica.methods.full import FullFineTuning
 from lorica.quant.loading import is_quantized
 from lorica.recipes import console
+from lorica.recipes.paging import existing_folder, split_tiers
 from lorica.recipes.rehearsing import Setting, micro_batch_tokens, rehearse_run, run_dtype
 from lorica.training.rehearsal import Rehearsal
 
@@ -67,8 +69,8 @@ def nothing_fits(config: RunConfig, setting: Setting, rehearsal: Rehearsal, room
         f"The run needs {console.human_bytes(rehearsal.peak_bytes)} and {console.human_bytes(max(0, room))} are free "
         "for it. "
         f"The least that was found is {console.human_bytes(least.peak_bytes)}, of which "
-        f"{console.human_bytes(least.weights)} are the base's weights, with {' '.join(_overrides(smallest))}. Take a "
-        "smaller base or more memory."
+        f"{console.human_bytes(least.parts.weights)} are the base's weights, with {' '.join(_overrides(smallest))}. "
+        "Take a smaller base or more memory."
     )
 
 
@@ -105,7 +107,7 @@ def _micro_batches(config: RunConfig, changes: Mapping[str, Any]) -> list[dict[s
 
 def _harmful(config: RunConfig, setting: Setting) -> Iterator[tuple[str, Any, str]]:
     """Changes that cost much time or alter the result, the mildest first, each on top of those before it."""
-    if config.train.optimizer_memory is None and rehearse_run(config, setting).optimizer > 2 * _PAGED_BYTES:
+    if config.train.optimizer_memory is None and _can_page(config, setting):
         yield "train.optimizer_memory", _PAGED_BYTES, _PAGED
     if run_dtype(config, setting) == torch.float32:
         yield "model.dtype", "bfloat16", _COARSER
@@ -119,6 +121,13 @@ def _harmful(config: RunConfig, setting: Setting) -> Iterator[tuple[str, Any, st
     while rank >= _SMALLEST_RANK:
         yield "method.rank", rank, _WEAKER
         rank //= 2
+
+
+def _can_page(config: RunConfig, setting: Setting) -> bool:
+    """Whether paging is worth it, and the disk has the room."""
+    num_bytes = rehearse_run(config, setting).parts.optimizer
+    _, filed = split_tiers(config, setting.device, num_bytes)
+    return num_bytes > 2 * _PAGED_BYTES and filed <= shutil.disk_usage(existing_folder(config)).free
 
 
 def _overrides(changes: Mapping[str, Any]) -> list[str]:

@@ -22,6 +22,7 @@ from lorica.errors import ConfigError, DataError
 from lorica.evaluate.generation import answer_room, check_prompts, context_length, stream
 from lorica.evaluate.generation import generate as generate_ids
 from lorica.models.tasks import CLASSIFICATION
+from lorica.quant.head import quantize_head
 from lorica.recipes import console
 from lorica.recipes.classify import Prediction, predict, read_texts, text_example
 from lorica.recipes.opening import Source, find_source, open_model
@@ -53,6 +54,7 @@ def generate(
     top_p: float = 1.0,
     seed: int = 0,
     base_only: bool = False,
+    quant_head: str | None = None,
 ) -> list[Answer] | list[Prediction]:
     """Answer prompts, print the answers on stdout and return them.
 
@@ -64,9 +66,10 @@ def generate(
             `messages`, whose last assistant turn is left out when it ends the conversation.
         max_new_tokens: longest answer; None: `MAX_NEW_TOKENS`, or what the prompt leaves of the model's context.
         temperature: 0 takes the most probable token.
+        quant_head: quantise the output head, int8 or nf4: answers come faster and differ a little (quant/head.py).
 
     Raises:
-        ConfigError: both `prompt` and `input`, or neither and stdin is a terminal.
+        ConfigError: both `prompt` and `input`, or neither and stdin is a terminal; or a head that cannot be quantised.
         DataError: prompts that cannot be read, or leave no room for an answer (for one of `max_new_tokens`, where that
             is given); all of them are listed.
     """
@@ -74,8 +77,7 @@ def generate(
     if source.task().task is CLASSIFICATION:
         return _classify(source, prompt, input)
     conversations = _read_prompts(prompt, input)
-    model, tokenizer, any_renderer = open_model(run_or_base, overrides, base_only=base_only)
-    renderer = answering(any_renderer)
+    model, tokenizer, renderer = _open(run_or_base, overrides, base_only, quant_head)
     prompts, names = _render(conversations, renderer), [origin for origin, _ in conversations]
     check_prompts(model, prompts, 1 if max_new_tokens is None else max_new_tokens, names)
     rooms = [_room(model, prompt, max_new_tokens) for prompt in prompts]
@@ -110,18 +112,19 @@ def chat(
     top_p: float = 1.0,
     seed: int = 0,
     base_only: bool = False,
+    quant_head: str | None = None,
 ) -> list[Answer]:
     """Talk in the terminal until /exit, Ctrl-D or Ctrl-C; /reset forgets the conversation, Ctrl-C cuts an answer short.
 
     Args:
         overrides: as `generate` takes them.
         max_new_tokens: longest answer; None: `MAX_NEW_TOKENS`, or what a single long message leaves of the context.
+        quant_head: as `generate` takes it.
 
     Returns:
         Every answer of the session that was not cut short.
     """
-    model, tokenizer, any_renderer = open_model(run_or_base, overrides, base_only=base_only)
-    renderer = answering(any_renderer)
+    model, tokenizer, renderer = _open(run_or_base, overrides, base_only, quant_head)
     console.log("Type a message. /reset forgets the conversation, /exit or Ctrl-D leaves, Ctrl-C cuts an answer short.")
     history: Conversation = []
     answers: list[Answer] = []
@@ -150,6 +153,16 @@ def chat(
             history = [*turns, Message("assistant", text)]
             answers.append(Answer(line, text))
     return answers
+
+
+def _open(
+    run_or_base: str | Path, overrides: Sequence[str], base_only: bool, quant_head: str | None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, TextRenderer]:
+    """The model that answers, and what speaks to it."""
+    model, tokenizer, renderer = open_model(run_or_base, overrides, base_only=base_only)
+    if quant_head is not None:
+        quantize_head(model, quant_head)
+    return model, tokenizer, answering(renderer)
 
 
 def _classify(source: Source, prompt: str | None, input: str | Path | None) -> list[Prediction]:

@@ -25,6 +25,7 @@ from lorica.methods.attach import adapters, attach, trainable_parameters, with_w
 from lorica.models.load import EMBEDDED, load_model, load_with_head, pick_device
 from lorica.models.loss import make_loss
 from lorica.models.tasks import CLASSIFICATION, TASKS
+from lorica.recipes.intrinsic import with_heads
 from lorica.recipes.rehearsing import Setting, batch_lengths, num_micro_batches, num_restarts
 from lorica.training.metrics import peak_memory_bytes
 from lorica.training.optim import clip_gradients, make_optimizer
@@ -50,8 +51,9 @@ class Measured:
 
 def measure_run(config: RunConfig, setting: Setting, rehearsal: Rehearsal) -> Measured:
     """Real steps in a process of its own, so that neither this one's memory nor its caches count."""
+    method = with_heads(config.method, setting.num_components)
     order = {
-        "config": config.model_dump_json(),
+        "config": config.model_copy(update={"method": method}).model_dump_json(),
         "lengths": batch_lengths(config, setting),
         "trained_fraction": setting.trained_fraction,
         "task": setting.task.name,

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lorica.errors import AdapterError, ConfigError
 from lorica.files import whole_folder
+from lorica.interop.folder import read_proof
 from lorica.methods.attach import adapters, detach
 from lorica.methods.attach import merge as merge_adapters
 from lorica.methods.lora_kinds import LoraEmbedding
@@ -45,8 +46,9 @@ class MergeResult:
 def merge(run: str | Path, output: str | Path, overrides: Sequence[str] = ()) -> MergeResult:
     """Merge the adapter of `run` (a run folder or an adapter folder) into a new folder `output`.
 
-    What was trained over quantised weights is merged into those that they were made of. With the override
-    `model.quant=nf4` it is merged into quantised ones, which loses much of it; how much is measured and said.
+    What was trained over quantised weights is merged into those that they were made of; what began as their error
+    (init loftq), into what they are dequantised to. With the override `model.quant=nf4` it is merged into quantised
+    ones, which loses much of it; how much is measured and said.
 
     Args:
         overrides: `section.key=value`, on top of the run's config.yaml; of the section `model` where there is none.
@@ -58,8 +60,11 @@ def merge(run: str | Path, output: str | Path, overrides: Sequence[str] = ()) ->
     """
     output = Path(output)
     check_free(output)
-    overrides = ["model.quant=null", *overrides]
-    requantizes = find_source(run, overrides).model.quant is not None
+    source = find_source(run, overrides)
+    is_asked = any(assignment.partition("=")[0].strip() == "model.quant" for assignment in overrides)
+    if source.adapter is None or read_proof(source.adapter).base_quant is None:
+        overrides = ["model.quant=null", *overrides]
+    requantizes = is_asked and source.model.quant is not None
     model, tokenizer, renderer = open_model(run, overrides)
     if not adapters(model):
         raise ConfigError(f"{run} has no adapter to merge. Give a run folder or an adapter folder.")

@@ -1,4 +1,4 @@
-"""The pictures of several runs at once: what a sweep found, and the curves of runs side by side.
+"""The pictures of more than one run: what a sweep found, the curves of runs side by side, the map of the components.
 
 Names and values are texts of others, so they are drawn as they are: no TeX between dollars, and a legend made of
 handles, since matplotlib leaves out labels that begin with an underscore.
@@ -19,6 +19,7 @@ from lorica.strict_yaml import dump_value
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+    from lorica.data.components import Components
     from lorica.recipes.sweep import ArmResult
 
 # Okabe & Ito: told apart by the colour-blind too. A ninth run begins them anew, dashed.
@@ -202,3 +203,26 @@ def _natural(label: str) -> tuple[bool, float, str]:
 def _short(text: str) -> str:
     short = text if len(text) <= _MAX_NAME else f"{text[: _MAX_NAME - 1]}…"
     return short.replace("$", r"\$")
+
+
+def draw_components(found: Components, file: Path) -> None:
+    """Rows of the sample in two dimensions, a colour a component, which the legend names by number and size."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.2, 5.6), layout="constrained")
+    panel = figure.subplots()
+    for label in range(-1, found.num):
+        chosen = found.points[found.point_labels == label]
+        if label < 0 and not len(chosen):
+            continue
+        name = "none" if label < 0 else f"{label}: {found.sizes[label]:,} rows"
+        colour = "#c7c7c7" if label < 0 else _COLOURS[label % len(_COLOURS)]
+        marker = "." if label < len(_COLOURS) else "x"
+        panel.scatter(chosen[:, 0], chosen[:, 1], s=18, alpha=0.6, color=colour, marker=marker, label=name)
+    panel.set_xticks([])
+    panel.set_yticks([])
+    panel.set_xlabel("first direction between components")
+    panel.set_ylabel("second direction")
+    panel.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside lower center", ncols=min(found.num, 4), frameon=False)
+    figure.savefig(file, dpi=130)

@@ -24,6 +24,7 @@ from lorica.recipes import console
 from lorica.recipes.doctor import available_memory_bytes
 from lorica.recipes.fitting import Alternative, find_alternatives, nothing_fits
 from lorica.recipes.measuring import Measured, measure_run
+from lorica.recipes.paging import Paging, plan_paging, refuse_full_disk
 from lorica.recipes.rehearsing import (
     Setting,
     batch_lengths,
@@ -55,7 +56,9 @@ class PlanReport:
         peak_bytes: growth of the process's memory, from before the base is loaded.
         process_bytes: what the process holds before that: Python, its libraries and the data.
         memory_bytes: what there is for both; None if that is unknown.
-        tokens_per_second: an estimate.
+        fits: memory and, for what is paged, disk suffice.
+        paging: where AdamW's moments live; None where all of them are on the device.
+        tokens_per_second: an estimate; None without the device that the run is for.
         steps: of the whole run; None without the data, as is `seconds`, the estimated duration.
         assumptions: what had to be assumed, a sentence each.
         alternatives: what would fit, the least harmful first; empty where the run fits as it is.
@@ -69,11 +72,12 @@ class PlanReport:
     process_bytes: int
     memory_bytes: int | None
     fits: bool
+    paging: Paging | None
     trainable_parameters: int
     total_parameters: int
     micro_batch_tokens: int
     micro_batches_per_step: int
-    tokens_per_second: float
+    tokens_per_second: float | None
     steps: int | None
     seconds: float | None
     assumptions: list[str]
@@ -92,7 +96,7 @@ def plan(
         require_data: the data must be there and readable (for a dry run), instead of being assumed.
 
     Raises:
-        DoesNotFitError: nothing fits, not even the smallest alternative.
+        DoesNotFitError: nothing fits, not even the smallest alternative; or the disk has no room for what is paged.
         DataError: rows that cannot be read, or, under `require_data`, no data.
         ModelError: the base's configuration cannot be read.
         TargetError: `method.targets` matches nothing.
@@ -101,9 +105,12 @@ def plan(
         setting, assumptions = look_around(config, require_data)
         process_bytes = _process_bytes()
         rehearsal = rehearse_run(config, setting)
-        tokens_per_second = _tokens_per_second(config, setting, rehearsal)
+        paging = plan_paging(config, setting.device, rehearsal)
+        tokens_per_second = _tokens_per_second(config, setting, rehearsal, paging)
     if setting.device.type != rehearsal.device:
-        assumptions.append(f"There is no {setting.device.type} device here; the CPU's accounting stands in.")
+        assumptions.append(
+            f"There is no {setting.device.type} device here: memory is counted on the CPU, and no speed is told."
+        )
     if rehearsal.device == "cpu" and not has_pool():
         assumptions.append("The pool for tensors cannot be built here: the peak may be half as much again.")
     held, memory_bytes = _memory(setting.device, process_bytes, memory_bytes)
@@ -118,19 +125,22 @@ def plan(
         peak_bytes=rehearsal.peak_bytes,
         process_bytes=held,
         memory_bytes=memory_bytes,
-        fits=fits,
+        fits=fits and (paging is None or paging.fits),
+        paging=paging,
         trainable_parameters=rehearsal.num_trainable,
         total_parameters=rehearsal.num_parameters,
         micro_batch_tokens=rehearsal.num_tokens,
         micro_batches_per_step=num_micro_batches(config),
         tokens_per_second=tokens_per_second,
         steps=setting.steps,
-        seconds=None if setting.tokens is None else setting.tokens / tokens_per_second,
+        seconds=None if setting.tokens is None or not tokens_per_second else setting.tokens / tokens_per_second,
         assumptions=assumptions,
         alternatives=alternatives,
         measured=measure_run(config, setting, rehearsal) if measure else None,
     )
     _show(report)
+    if paging is not None:
+        refuse_full_disk(paging)
     if room is not None and not fits and not alternatives:
         raise DoesNotFitError(nothing_fits(config, setting, rehearsal, room))
     return report
@@ -147,7 +157,11 @@ def _memory(device: torch.device, process_bytes: int, memory_bytes: int | None) 
     return process_bytes, memory_bytes
 
 
-def _tokens_per_second(config: RunConfig, setting: Setting, rehearsal: Rehearsal) -> float:
+def _tokens_per_second(
+    config: RunConfig, setting: Setting, rehearsal: Rehearsal, paging: Paging | None
+) -> float | None:
+    if setting.device.type != rehearsal.device:
+        return None
     base, lengths = setting.base.get_text_config(), batch_lengths(config, setting)
     speed = measure_speed(
         run_dtype(config, setting),
@@ -157,17 +171,18 @@ def _tokens_per_second(config: RunConfig, setting: Setting, rehearsal: Rehearsal
         heads=base.num_attention_heads,
         length=max(lengths),
     )
-    return rehearsal.num_tokens / speed.seconds(rehearsal.work)
+    waiting = (paging.seconds or 0.0) / num_micro_batches(config) if paging else 0.0
+    return rehearsal.num_tokens / (speed.seconds(rehearsal.work) + waiting)
 
 
 def _parts(rehearsal: Rehearsal) -> list[Part]:
     parts = [
-        Part("weights", rehearsal.weights, "the base, frozen"),
-        Part("adapter", rehearsal.adapter, "float32, 4 bytes a trained parameter"),
-        Part("gradients", rehearsal.gradients, "of the adapter, as far as they exist at the peak"),
-        Part("optimizer", rehearsal.optimizer, "AdamW, 8 bytes a trained parameter, less if paged or of 8 bits"),
-        Part("activations", rehearsal.activations, "kept by the forward pass for backward"),
-        Part("loss and workspace", rehearsal.workspace, "logits of a chunk, gradients on their way, temporaries"),
+        Part("weights", rehearsal.parts.weights, "the base, frozen"),
+        Part("adapter", rehearsal.parts.adapter, "float32, 4 bytes a trained parameter"),
+        Part("gradients", rehearsal.parts.gradients, "of the adapter, as far as they exist at the peak"),
+        Part("optimizer", rehearsal.parts.optimizer, "AdamW, 8 bytes a trained parameter, less if paged or of 8 bits"),
+        Part("activations", rehearsal.parts.activations, "kept by the forward pass for backward"),
+        Part("loss and workspace", rehearsal.parts.workspace, "logits of a chunk, gradients on their way, temporaries"),
         Part("overhead", rehearsal.overhead, "kernels and their scratch, holes between small tensors"),
     ]
     more = rehearsal.peak_bytes - sum(part.bytes for part in parts)
@@ -216,13 +231,18 @@ def _summary(report: PlanReport) -> Iterator[str]:
         f"{console.human_count(trained)} of {console.human_count(total)} parameters are trained "
         f"({100 * trained / total:.2f} %), {report.micro_batch_tokens:,} tokens at once"
     )
-    speed = f"about {console.human_count(report.tokens_per_second)} tokens/s (estimate)"
-    if report.steps is not None and report.seconds is not None:
-        speed += f": {report.steps:,} steps in about {console.human_seconds(report.seconds)}"
-    yield speed
+    if report.tokens_per_second is not None:
+        rate = report.tokens_per_second
+        speed = f"about {console.human_count(rate) if rate >= 10 else f'{rate:.1g}'} tokens/s (estimate)"
+        if report.steps is not None and report.seconds is not None:
+            speed += f": {report.steps:,} steps in about {console.human_seconds(report.seconds)}"
+        yield speed
+    if report.paging is not None:
+        yield from _paging_lines(report.paging)
     if report.memory_bytes is not None:
-        verdict = "fits" if report.fits else "DOES NOT FIT"
-        needed = console.human_bytes(report.peak_bytes + report.process_bytes)
+        need = report.peak_bytes + report.process_bytes
+        verdict = "fits" if need <= report.memory_bytes else "DOES NOT FIT"
+        needed = console.human_bytes(need)
         yield f"{verdict}: {needed} needed, {console.human_bytes(report.memory_bytes)} there"
     if report.measured is not None:
         found = report.measured
@@ -230,3 +250,19 @@ def _summary(report: PlanReport) -> Iterator[str]:
             f"measured: peak {console.human_bytes(found.peak_bytes)} (predicted / measured = {found.ratio:.2f}), "
             f"{console.human_count(found.tokens_per_second)} tokens/s"
         )
+
+
+def _paging_lines(paging: Paging) -> Iterator[str]:
+    human = console.human_bytes
+    places = [
+        (paging.device_bytes, "on the device"),
+        (paging.host_bytes, "in host memory"),
+        (paging.file_bytes, f"in a file in {paging.folder}"),
+    ]
+    there = ", ".join(f"{human(num_bytes)} {place}" for num_bytes, place in places if num_bytes)
+    how_long = "" if paging.seconds is None else f", up to {console.human_seconds(paging.seconds)} a step"
+    travelling = human(paging.host_bytes + paging.file_bytes)
+    yield f"AdamW's moments: {there}; {travelling} go there and back each step{how_long}"
+    if paging.file_bytes:
+        verdict = "fits" if paging.fits else "DOES NOT FIT"
+        yield f"{verdict}: {human(paging.file_bytes)} of disk needed, {human(paging.free_bytes)} free"

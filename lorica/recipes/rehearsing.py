@@ -18,9 +18,11 @@ from lorica.data.tokenized import Int64
 from lorica.errors import ModelError
 from lorica.models.load import pick_device, pick_dtype
 from lorica.models.tasks import CLASSIFICATION, Task, own_labels, set_labels
+from lorica.recipes.intrinsic import ASSUMED_HEADS, find_intrinsic, with_heads
 from lorica.recipes.preparing import base_config, prepare, why_padded
 from lorica.recipes.tasks import run_task
-from lorica.training.rehearsal import Rehearsal, rehearse
+from lorica.training.deep import rehearse_deep, skeleton
+from lorica.training.rehearsal import Rehearsal
 
 ASSUMED_LENGTH = 512
 """Tokens of a sample where the data is not at hand."""
@@ -42,6 +44,7 @@ class Setting:
         first_batches: sample indices of the run's first optimizer steps.
         steps: optimizer steps of the run.
         tokens: tokens that the run goes through.
+        num_components: of the rows, for a method that takes its number of heads from them.
     """
 
     base: PretrainedConfig
@@ -53,6 +56,7 @@ class Setting:
     first_batches: list[Int64] | None
     steps: int | None
     tokens: float | None
+    num_components: int = ASSUMED_HEADS
 
 
 def look_around(config: RunConfig, require_data: bool) -> tuple[Setting, list[str]]:
@@ -64,16 +68,18 @@ def look_around(config: RunConfig, require_data: bool) -> tuple[Setting, list[st
     task = run_task(config, base).task
     if task is CLASSIFICATION:
         set_labels(base, own_labels(base) or ASSUMED_LABELS)
+    # Before the rows are read, which may take long.
+    check_targets(config, base, task)
     setting = Setting(base, task, device, padding is not None, 1.0, None, None, None, None)
     if not require_data and not Path(config.data.train).exists():
-        return setting, [*assumptions, _assumed(config, f"{config.data.train} is not on this machine")]
+        return setting, [*assumptions, *_assumed(config, f"{config.data.train} is not on this machine")]
     try:
         data = prepare(config).for_method(config.method, base)
     except ModelError as error:
         if require_data:
             raise
-        return setting, [*assumptions, _assumed(config, f"the data cannot be read without a tokenizer ({error})")]
-    dataset, train = data.train, config.train
+        return setting, [*assumptions, *_assumed(config, f"the data cannot be read without a tokenizer ({error})")]
+    dataset, train, intrinsic = data.train, config.train, find_intrinsic(config, data)
     if task is CLASSIFICATION:
         set_labels(base, data.labels)
     order = Order(
@@ -91,22 +97,32 @@ def look_around(config: RunConfig, require_data: bool) -> tuple[Setting, list[st
         first_batches=[order.batch(step) for step in range(min(order.num_steps, 8))],
         steps=order.num_steps,
         tokens=float(dataset.lengths.sum()) * order.epoch(order.num_steps),
+        num_components=ASSUMED_HEADS if intrinsic is None else intrinsic.components.num,
     )
     return setting, assumptions
 
 
-def _assumed(config: RunConfig, reason: str) -> str:
+def check_targets(config: RunConfig, base: PretrainedConfig, task: Task) -> None:
+    """TargetError if the method finds nothing in the base to wrap; no weights are read."""
+    method = with_heads(config.method, ASSUMED_HEADS)
+    skeleton(base, method, task=task, quant=config.model.quant, double_quant=config.model.double_quant)
+
+
+def _assumed(config: RunConfig, reason: str) -> list[str]:
     length = min(config.data.max_length, ASSUMED_LENGTH)
     unknown = config.train.restart_every is not None and config.train.max_steps is None
     restarts = " Without its steps no restart is counted, and each adds its rank." if unknown else ""
-    return f"Samples of {length} tokens, all of them trained, are assumed: {reason}.{restarts}"
+    sentences = [f"Samples of {length} tokens, all of them trained, are assumed: {reason}.{restarts}"]
+    if with_heads(config.method, 1) != with_heads(config.method, 2):
+        sentences.append(f"num_heads: auto is the number of components of the rows: {ASSUMED_HEADS} are assumed.")
+    return sentences
 
 
 def rehearse_run(config: RunConfig, setting: Setting) -> Rehearsal:
     """A step of the run as `config` says, on the data of `setting`."""
-    return rehearse(
+    return rehearse_deep(
         setting.base,
-        config.method,
+        with_heads(config.method, setting.num_components),
         task=setting.task,
         dtype=run_dtype(config, setting),
         device=setting.device,

@@ -6,18 +6,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lorica.recipes.console import human_bytes, human_count, human_seconds
+from lorica.recipes.console import human_bytes, human_count, human_joules, human_seconds
 from lorica.training.metrics import read_metrics
 
 _BLUE, _ORANGE, _GREY = "#2563a8", "#d97706", "#6b7280"
 
 
-def write_run_report(folder: Path, result: Mapping[str, Any]) -> Path:
-    """Write report.md and curves.png for the training run in `folder`."""
+def write_run_report(folder: Path, result: Mapping[str, Any], sections: Sequence[str] = ()) -> Path:
+    """Write report.md and curves.png for the training run in `folder`; `sections` are paragraphs for its end."""
     rows = read_metrics(folder / "metrics.jsonl")
     draw_curves(rows, folder / "curves.png")
     file = folder / "report.md"
-    file.write_text("\n\n".join(run_sections(result)) + "\n", encoding="utf-8")
+    file.write_text("\n\n".join([*run_sections(result), *sections]) + "\n", encoding="utf-8")
     return file
 
 
@@ -34,6 +34,7 @@ def run_sections(result: Mapping[str, Any]) -> list[str]:
         ("adapter taken from step", f"{result['adapter_step']:,}"),
         ("tokens seen", f"{result['tokens']:,}"),
         ("time in steps", human_seconds(result["seconds"])),
+        ("energy in steps", energy_text(result["energy_joules"], result["energy_source"])),
         ("tokens a second", f"{result['tokens_per_second']:,.0f}"),
         ("peak memory of the process", human_bytes(result["peak_memory_bytes"])),
         ("adapter read back: largest logit difference", _number(result["read_back_difference"])),
@@ -85,6 +86,11 @@ def smooth(values: Sequence[float]) -> list[float]:
         average, weight = keep * average + (1 - keep) * value, keep * weight + (1 - keep)
         result.append(average / weight)
     return result
+
+
+def energy_text(joules: float | None, source: str) -> str:
+    """What a run drew and what was read, or why nothing could be."""
+    return f"not readable here: {source}" if joules is None else f"{human_joules(joules)} ({source})"
 
 
 def _number(value: float | None) -> str:

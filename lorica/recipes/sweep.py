@@ -26,14 +26,16 @@ from typing import Any
 
 import torch
 
-from lorica.errors import ConfigError, DivergedError, DoesNotFitError, LoricaError, StoppedError
+from lorica.errors import ConfigError, DivergedError, DoesNotFitError, LoricaError, StoppedError, TargetError
 from lorica.files import write_text
 from lorica.recipes import console
 from lorica.recipes.arms import Arm, in_folder, make_arms, short_keys
 from lorica.recipes.merge import check_free
 from lorica.recipes.pictures import draw_sweep
 from lorica.recipes.preparing import PreparedRun, base_config, prepare
+from lorica.recipes.rehearsing import check_targets
 from lorica.recipes.sweep_state import STATE, SweepState
+from lorica.recipes.tasks import run_task
 from lorica.recipes.train import make_order, train
 from lorica.strict_yaml import dump_value
 from lorica.training.lock import RunLock
@@ -120,6 +122,7 @@ def sweep(
 
     Raises:
         ConfigError: faults of axes or configurations, no evaluation data, or `output` holds something else.
+        TargetError: an arm's targets match nothing.
         LoricaError: no arm came to its end.
     """
     arms = make_arms(path, axes, output=None if output is None else Path(output), samples=samples, seed=seed)
@@ -148,6 +151,7 @@ def sweep(
 
 def _prepare(arms: Sequence[Arm]) -> list[_Job]:
     """Read the rows once for all arms that read the same; ConfigError where the arms' losses cannot be compared."""
+    _check_targets(arms)
     prepared: dict[str, PreparedRun] = {}
     jobs = []
     for arm in arms:
@@ -168,6 +172,24 @@ def _prepare(arms: Sequence[Arm]) -> list[_Job]:
             "be compared. Name a file in data.eval, and sweep nothing that changes its tokens, as a template does."
         )
     return jobs
+
+
+def _check_targets(arms: Sequence[Arm]) -> None:
+    """TargetError, with all arms whose method finds nothing to wrap, before rows are read and anything is trained."""
+    reasons: dict[str, str] = {}
+    for arm in arms:
+        config = arm.run.config
+        key = repr((config.model, config.method))
+        if key in reasons:
+            continue
+        base = base_config(config.model)
+        try:
+            reasons[key] = ""
+            check_targets(config, base, run_task(config, base).task)
+        except TargetError as error:
+            reasons[key] = f"{arm.name}: {error}"
+    if faults := [reason for reason in reasons.values() if reason]:
+        raise TargetError("\n".join(faults))
 
 
 def _evaluation_rows(job: _Job) -> str:

@@ -6,7 +6,7 @@ One `RunTask` a task; the recipes hold one and ask it, and know no task by name 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -35,7 +35,7 @@ from lorica.models.tasks import (
 
 TextRenderer = Renderer | PairRenderer
 AnyRenderer = TextRenderer | LabelRenderer
-Scores = Callable[[PreTrainedModel, LossFunction, Sequence[Batch]], Mapping[str, float]]
+Scores = Callable[[PreTrainedModel, LossFunction, Iterable[Batch]], Mapping[str, float]]
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,7 @@ def _pad_id(tokenizer: PreTrainedTokenizerBase | None) -> int:
     return int(pad) if isinstance(pad, int) else 0
 
 
-def _likelihood(model: PreTrainedModel, loss_fn: LossFunction, batches: Sequence[Batch]) -> Mapping[str, float]:
+def _likelihood(model: PreTrainedModel, loss_fn: LossFunction, batches: Iterable[Batch]) -> Mapping[str, float]:
     found = likelihood(model, loss_fn, batches)
     return {"loss": found.loss, "perplexity": found.perplexity}
 

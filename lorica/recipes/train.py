@@ -7,7 +7,9 @@ The run folder:
     checkpoints/                     whole, hashed, resumable; the best one always stays
     adapter/                         a PEFT folder: the best weights by evaluation loss, the last ones without
     report.md  curves.png            what came of it
+    routing.json  routing.png        what the routers of HydraLoRA do: of the latest evaluation, then of the adapter
     result.json                      the same for programs; written last, so the adapter beside it is whole
+    components.json                  what the rows consist of, where the method asks
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import platform
 import random
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,11 +47,15 @@ from lorica.models.loss import LossFunction, make_loss
 from lorica.models.tasks import SEQ2SEQ
 from lorica.quant.linear import format_of, num_parameters
 from lorica.recipes import console
-from lorica.recipes.doctor import available_memory_bytes
+from lorica.recipes.heat_map import write_routing
+from lorica.recipes.intrinsic import FILE as COMPONENTS
+from lorica.recipes.intrinsic import Intrinsic, find_intrinsic, first_rows, with_heads
 from lorica.recipes.opening import adapter_fault
+from lorica.recipes.paging import host_memory
 from lorica.recipes.preparing import PreparedRun, base_config, prepare, why_padded
 from lorica.recipes.proof import check_read_back, logits_of
 from lorica.recipes.report import write_run_report
+from lorica.recipes.routing import Look, is_routed, rows_to_watch, scores_and_routing, watch_routing
 from lorica.recipes.tasks import RunTask
 from lorica.training.checkpoint import (
     Checkpoint,
@@ -58,6 +65,7 @@ from lorica.training.checkpoint import (
     read_checkpoint,
     restore_trained,
 )
+from lorica.training.energy import UNMEASURED
 from lorica.training.identity import check_identity
 from lorica.training.lock import RunLock
 from lorica.training.loop import LoopResult, is_finished, run_loop
@@ -72,7 +80,11 @@ SHOWN_LABELS = 8
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a training run came to. Sizes in bytes, times in seconds, losses in nats a token."""
+    """What a training run came to. Sizes in bytes, times in seconds, losses in nats a token.
+
+    energy_joules: drawn in steps, as `seconds` are spent in them; None where that cannot be read. energy_source: the
+    counters that were read, or why there are none (`training/energy.py`).
+    """
 
     output: str
     adapter: str
@@ -91,15 +103,22 @@ class TrainResult:
     eval_samples: int
     resumed_from_step: int | None
     read_back_difference: float | None
+    energy_joules: float | None = None
+    energy_source: str = UNMEASURED.source
 
 
 @dataclass(frozen=True)
 class _Work:
-    """What there is to train on, before any weight is read. identity: of the run, without its model."""
+    """What there is to train on, before any weight is read.
+
+    method: as it is attached. identity: of the run, without its model.
+    """
 
     data: PreparedRun
     order: Order
     identity: dict[str, Any]
+    method: MethodOptions
+    intrinsic: Intrinsic | None
 
 
 def train(
@@ -140,13 +159,13 @@ def train(
     with RunLock(output):
         check_adapter_folder(output / "adapter")
         checkpoint = _find_checkpoint(output / "checkpoints", resume)
-        work = _lay_out(config, data)
+        work = _lay_out(config, data, checkpoint)
         if checkpoint is not None:
             earlier = _nothing_to_do(output, checkpoint, work, allow_data_change)
             if earlier is not None:
                 return earlier
-        model, result = _run(config, resolved, output, work, checkpoint, stop_at)
-        return _finish(model, output, work, result, checkpoint)
+        model, result, look = _run(config, resolved, output, work, checkpoint, stop_at)
+        return _finish(model, output, work, result, checkpoint, look)
 
 
 def _refuse_moved(run: Resolved) -> None:
@@ -161,7 +180,7 @@ def _refuse_moved(run: Resolved) -> None:
         )
 
 
-def _lay_out(config: RunConfig, data: PreparedRun | None) -> _Work:
+def _lay_out(config: RunConfig, data: PreparedRun | None, checkpoint: Checkpoint | None) -> _Work:
     """The rows, their order, and what a checkpoint of this run must agree with."""
     base = base_config(config.model)
     data = prepare(config) if data is None else data
@@ -173,7 +192,14 @@ def _lay_out(config: RunConfig, data: PreparedRun | None) -> _Work:
     if data.labels:
         named = ", ".join(data.labels[:SHOWN_LABELS]) + (", ..." if len(data.labels) > SHOWN_LABELS else "")
         console.log(f"{len(data.labels):,} classes: {named}")
-    return _Work(data, make_order(config, data.train, data.layout.padded), _identity(config, data))
+    order = make_order(config, data.train, data.layout.padded)
+    identity = _identity(config, data)
+    # In the folder that the checkpoint is of.
+    intrinsic = find_intrinsic(config, data, None if checkpoint is None else checkpoint.path.parent.parent / COMPONENTS)
+    if intrinsic is None:
+        return _Work(data, order, identity, config.method, None)
+    method = with_heads(config.method, intrinsic.components.num)
+    return _Work(data, order, {**identity, "components": intrinsic.identity}, method, intrinsic)
 
 
 def make_order(config: RunConfig, dataset: TokenizedDataset, padded: bool) -> Order:
@@ -217,9 +243,10 @@ def _run(
     work: _Work,
     checkpoint: Checkpoint | None,
     stop_at: int | None,
-) -> tuple[PreTrainedModel, LoopResult]:
-    """Load, attach, train: the model with its last weights, and what the loop came to."""
+) -> tuple[PreTrainedModel, LoopResult, Look | None]:
+    """Load, attach, train: the model with its last weights, what the loop came to, and how to look at its routers."""
     settings, data = config.train, work.data
+    budget = settings.micro_batch_tokens or settings.batch_tokens
     console.log(f"{len(data.train):,} training samples, {work.order.num_steps:,} steps")
     install_pool()
     model, head = load_with_head(
@@ -232,8 +259,9 @@ def _run(
         seed=settings.seed,
         quant=config.model.quant,
         double_quant=config.model.double_quant,
+        method=work.method,
     )
-    method = with_whole(config.method, head)
+    method = with_whole(work.method, head)
     held = {"fingerprint": base_fingerprint(model, head), "dtype": str(model.dtype), "quant": format_of(model)}
     identity = {**work.identity, "model": held}
     if checkpoint is not None:
@@ -247,7 +275,13 @@ def _run(
         model.activation_checkpointing_enable({"use_reentrant": False})
     if checkpoint is None and method.num_start_batches:
         _start_from_data(model, method, loss_fn, config, work)
+    look = None
+    if is_routed(model):
+        watched = rows_to_watch(data, work.intrinsic)
+        look = partial(watch_routing, model, loss_fn, data.task, data.layout, watched, budget)
     _write_beginning(output, config, resolved, model.device, identity["model"]["dtype"])
+    if work.intrinsic is not None:
+        work.intrinsic.save(output)
     result = run_loop(
         model,
         loss_fn,
@@ -255,38 +289,48 @@ def _run(
         work.order,
         folder=output,
         options=_loop_options(config, data.layout),
-        evaluate=make_evaluation(
-            model, loss_fn, data.eval, settings.micro_batch_tokens or settings.batch_tokens, data.task, data.layout
-        ),
+        evaluate=make_evaluation(model, loss_fn, data, budget, look, output),
         resume=checkpoint,
         identity=identity,
         stop_at=stop_at,
     )
-    return model, result
+    return model, result, look
 
 
 def _start_from_data(
     model: PreTrainedModel, method: MethodOptions, loss_fn: LossFunction, config: RunConfig, work: _Work
 ) -> None:
-    """Start the adapters from the data of the run's first steps."""
+    """Start the adapters from the data of the run's first steps, or from the first rows of each component."""
     data, budget = work.data, config.train.micro_batch_tokens or config.train.batch_tokens
     # Without filler: a start looks at every token of a batch that has no mask.
     layout = data.layout if data.layout.padded else Layout(pack, padded=False)
-    steps = range(min(method.num_start_batches, work.order.num_steps))
-    batches = [b for step in steps for b in layout.batches(data.train, work.order.batch(step), budget)]
-    console.log(f"Starting the adapter from {sum(b.num_tokens for b in batches):,} tokens of the training data")
-    with_targets = [b.to(model.device) for b in batches if b.num_targets]
-    method.start(model, loss_fn, [(b.model_inputs(), b.targets) for b in with_targets])
+    if work.intrinsic is None:
+        steps = range(min(method.num_start_batches, work.order.num_steps))
+        parts = [(work.order.batch(step), 0) for step in steps]
+    else:
+        num_tokens = method.num_start_batches * config.train.batch_tokens
+        parts = first_rows(work.intrinsic, work.order, data.train.lengths, num_tokens)
+    batches = [(batch, label) for rows, label in parts for batch in layout.batches(data.train, rows, budget)]
+    console.log(f"Starting the adapter from {sum(b.num_tokens for b, _ in batches):,} tokens of the training data")
+    with_targets = [(batch.to(model.device), label) for batch, label in batches if batch.num_targets]
+    method.start(model, loss_fn, [(batch.model_inputs(), batch.targets, label) for batch, label in with_targets])
 
 
 def _finish(
-    model: PreTrainedModel, output: Path, work: _Work, result: LoopResult, checkpoint: Checkpoint | None
+    model: PreTrainedModel,
+    output: Path,
+    work: _Work,
+    result: LoopResult,
+    checkpoint: Checkpoint | None,
+    look: Look | None,
 ) -> TrainResult:
     """Save the best weights and prove them, then report; result.json comes last."""
     data = work.data
     adapter_step = _take_best(model, output, result)
     num_trainable = sum(p.numel() for p in trainable_parameters(model).values())
     num_total = num_parameters(model)
+    # Before the adapter is read back, which takes these routers off the model.
+    routing = None if look is None else look()[1]
     difference = _save_proved(model, output / "adapter", data)
     done = TrainResult(
         output=str(output),
@@ -306,8 +350,10 @@ def _finish(
         eval_samples=0 if data.eval is None else len(data.eval),
         resumed_from_step=None if checkpoint is None else checkpoint.step,
         read_back_difference=difference,
+        energy_joules=result.energy.joules,
+        energy_source=result.energy.source,
     )
-    write_run_report(output, asdict(done))
+    write_run_report(output, asdict(done), () if routing is None else write_routing(output, routing))
     write_json(output / RESULT, asdict(done))
     return done
 
@@ -328,17 +374,22 @@ def seed_everything(seed: int) -> None:
 def make_evaluation(
     model: PreTrainedModel,
     loss_fn: LossFunction,
-    dataset: TokenizedDataset | None,
+    data: PreparedRun,
     micro_batch_tokens: int,
-    task: RunTask,
-    layout: Layout,
+    look: Look | None,
+    output: Path,
 ) -> Callable[[], Mapping[str, float]] | None:
-    """A function that measures the task's scores on `dataset`, or None without one."""
-    if dataset is None:
+    """A function that measures the task's scores on the evaluation rows, or None without such.
+
+    look: measures them too and watches the routers, which go to `output` / routing.json and as means to the scores.
+    """
+    if data.eval is None:
         return None
-    everything = np.arange(len(dataset), dtype=np.int64)
-    batches = layout.batches(dataset, everything, micro_batch_tokens)
-    return lambda: task.scores(model, loss_fn, batches)
+    if look is not None:
+        return lambda: scores_and_routing(look, output)
+    everything = np.arange(len(data.eval), dtype=np.int64)
+    batches = data.layout.batches(data.eval, everything, micro_batch_tokens)
+    return lambda: data.task.scores(model, loss_fn, batches)
 
 
 def _find_checkpoint(folder: Path, resume: str | Path | None) -> Checkpoint | None:
@@ -441,14 +492,9 @@ def _loop_options(config: RunConfig, layout: Layout) -> LoopOptions:
         log_every=t.log_every,
         optimizer_bits=t.optimizer_bits,
         optimizer_memory=t.optimizer_memory,
-        optimizer_host_memory=_host_memory(t.optimizer_host_memory),
+        optimizer_host_memory=host_memory(t.optimizer_host_memory),
         layout=layout,
     )
-
-
-def _host_memory(given: int | None) -> int:
-    """Most bytes for pages of AdamW's moments in host memory."""
-    return (available_memory_bytes() or 0) // 2 if given is None else given
 
 
 def _write_beginning(

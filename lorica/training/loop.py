@@ -33,6 +33,7 @@ from lorica.training.checkpoint import (
     restore_trained,
     save_checkpoint,
 )
+from lorica.training.energy import UNMEASURED, Energy
 from lorica.training.metrics import MetricsLog, peak_memory_bytes
 from lorica.training.optim import load_optimizer_tensors, optimizer_tensors
 from lorica.training.progress import show_progress
@@ -54,6 +55,7 @@ class LoopResult:
         best_step: where the evaluation loss was lowest; its checkpoint is kept. None without evaluation.
         tokens: real tokens seen, trained on or not.
         seconds: spent in steps, over all resumptions.
+        energy: drawn in steps, over all resumptions.
     """
 
     step: int
@@ -64,6 +66,7 @@ class LoopResult:
     tokens: int
     seconds: float
     peak_memory_bytes: int
+    energy: Energy
 
 
 def run_loop(
@@ -152,6 +155,7 @@ def _go_on(run: Run, resume: Checkpoint) -> None:
     """Put the run where `resume` was saved, and make its folder this run's own."""
     run.counters = counters = Counters(**resume.state["counters"])
     run.saved_step = resume.step
+    run.meter.restore(Energy(**resume.state["energy"]) if "energy" in resume.state else UNMEASURED)
     restore_trained(run.model, resume.tensors["trainable"])
     load_optimizer_tensors(run.optimizer, run.parameters, resume.tensors["optimizer"])
     if not _is_there(run.checkpoints, resume.step):
@@ -197,6 +201,7 @@ def _evaluate(run: Run) -> dict[str, Any]:
     """Evaluate and note whether this is the best so far; the row for metrics.jsonl."""
     counters = run.counters
     assert run.evaluate is not None
+    run.meter.settle()
     with _mode(run.model, training=False), torch.no_grad(), out_of_memory_explained(run.options):
         scores = run.evaluate()
     counters.evaluated_step = counters.step
@@ -213,6 +218,7 @@ def _evaluate(run: Run) -> dict[str, Any]:
 
 
 def _save(run: Run) -> None:
+    run.meter.settle()
     broken = [name for name, parameter in run.parameters.items() if not bool(parameter.isfinite().all())]
     if broken:
         raise DivergedError(
@@ -224,7 +230,12 @@ def _save(run: Run) -> None:
         "optimizer": optimizer_tensors(run.optimizer, run.parameters),
         "rng": rng_tensors(),
     }
-    state = {"counters": asdict(run.counters), "finished": _is_finished(run), "identity": run.identity}
+    state = {
+        "counters": asdict(run.counters),
+        "energy": asdict(run.meter.total),
+        "finished": _is_finished(run),
+        "identity": run.identity,
+    }
     save_checkpoint(run.checkpoints, run.counters.step, tensors, state)
     prune(run.checkpoints, run.options.keep_checkpoints, run.counters.best_step)
     run.saved_step = run.counters.step
@@ -266,6 +277,7 @@ def _result(run: Run) -> LoopResult:
         tokens=counters.tokens,
         seconds=counters.seconds,
         peak_memory_bytes=peak_memory_bytes(run.device),
+        energy=run.meter.result(),
     )
 
 

@@ -86,6 +86,11 @@ def held_tensors(optimizer: torch.optim.AdamW) -> list[Tensor]:
     return [tensor for state in optimizer.state.values() for tensor in state.values()]
 
 
+def num_paged_bytes(optimizer: torch.optim.AdamW) -> int:
+    """Bytes of moments that do not live on the device."""
+    return optimizer.num_paged_bytes if isinstance(optimizer, PagedAdamW) else 0
+
+
 def optimizer_tensors(optimizer: torch.optim.AdamW, parameters: Mapping[str, nn.Parameter]) -> Mapping[str, Tensor]:
     """The optimizer's state, `<name>.exp_avg` and so on; what is paged is read when it is asked for."""
     if isinstance(optimizer, PagedAdamW):

@@ -115,6 +115,11 @@ class PagedAdamW(torch.optim.AdamW):
         if group_of:
             torch._foreach_add_([self.state[p]["step"] for p in group_of], 1)
 
+    @property
+    def num_paged_bytes(self) -> int:
+        """Of the moments that do not live on the device."""
+        return sum(page.num_bytes for page in self._travelling)
+
     def tensors(self, parameters: Mapping[str, nn.Parameter]) -> PartedTensors:
         """The state of `parameters`: `<name>.step`, `<name>.exp_avg` and so on, read from the pages when asked for."""
         return _State(self, parameters)
@@ -231,6 +236,15 @@ class _State(PartedTensors):
 
     def __len__(self) -> int:
         return len(self._keys)
+
+
+def share_on_device(num_bytes: int, bits: int, budget: int | None) -> tuple[int, int]:
+    """Of so many bytes of moments: (on the device, with the buffers for the others; elsewhere), to within a page."""
+    if budget is None or num_bytes <= budget:
+        return num_bytes, 0
+    elements = _page_elements(bits, budget)
+    held = budget - elements * WORKING_BYTES[bits]
+    return held + 2 * 2 * elements * bits // 8, num_bytes - held
 
 
 def _page_elements(bits: int, budget: int | None) -> int:

@@ -16,16 +16,18 @@ parameters). It gives up the holes that steps of changing row lengths leave for 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import weakref
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -35,7 +37,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 from lorica.data.layouts import class_batch, pair_batch
 from lorica.data.packing import ROUND_TO, Batch, pack, pad
 from lorica.data.tokenized import IGNORE, TokenizedDataset
-from lorica.kernels.linear import cpu_computes, is_widened
+from lorica.kernels.cpu import WIDE_ROWS
+from lorica.kernels.linear import cpu_computes, is_widened, never_widened
 from lorica.methods.attach import adapters, attach, trainable_parameters, with_whole
 from lorica.methods.method import MethodOptions
 from lorica.models.load import equip
@@ -44,7 +47,7 @@ from lorica.models.tasks import CAUSAL, CLASSIFICATION, SEQ2SEQ, Task, head_modu
 from lorica.quant.linear import layers, num_parameters
 from lorica.quant.loading import quantize_skeleton
 from lorica.training.heap import filled_bytes
-from lorica.training.optim import clip_gradients, held_tensors, make_optimizer
+from lorica.training.optim import clip_gradients, held_tensors, make_optimizer, num_paged_bytes
 from lorica.training.paged import Tiers
 
 RUNTIME_BYTES = 20 << 20
@@ -52,6 +55,9 @@ RUNTIME_BYTES = 20 << 20
 
 RUNTIME_BYTES_16_BIT = 80 << 20
 """The same where the CPU has 16-bit kernels, which are built for each shape: 64 MiB for one, 14 to 20 for a second."""
+
+MENDING_BYTES = 20
+"""Of each element of a square weight whose quantisation error is decomposed: the error, and what LAPACK needs."""
 
 aten = torch.ops.aten
 _QUANTISED_PRODUCTS = (
@@ -107,10 +113,10 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
             changes[number] += change
         return {number for number, change in changes.items() if change}
 
-    def peak(self, begin: int = 0) -> int:
-        """The `end` for `alive` at which most bytes are alive, at `begin` or later."""
+    def peak(self, begin: int = 0, end: int | None = None) -> int:
+        """The `end` for `alive` at which most bytes are alive, after event `begin` and not after `end`."""
         changes = np.array([self.sizes[number] * change for number, change in self.events])
-        return begin + 1 + int(np.argmax(np.cumsum(changes)[begin:]))
+        return begin + 1 + int(np.argmax(np.cumsum(changes)[begin:end]))
 
     def _died(self, key: int) -> None:
         self.events.append((self._numbers.pop(key), -1))
@@ -122,10 +128,9 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         known = {self.add(t) for t in inputs}
         born = [t for t in tree_leaves(out) if isinstance(t, Tensor) and self.add(t) not in known]
-        if func._overloadpacket in _QUANTISED_PRODUCTS:
-            # The weight is written out inside for a moment.
+        if inside := _bytes_inside(func._overloadpacket, args, out):
             self.events += [(len(self.sizes), 1), (len(self.sizes), -1)]
-            self.sizes.append(_weight_bytes(*args))
+            self.sizes.append(inside)
         if born or func._schema.is_mutable:
             kind, flops = _work(func._overloadpacket, args, kwargs or {}, out)
             moved_bytes = sum(t.numel() * t.element_size() for t in inputs + born)
@@ -135,9 +140,8 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return out
 
 
-@dataclass(frozen=True)
-class Rehearsal:
-    """What an optimizer step needs. The parts are bytes of live tensors at the moment when their sum is greatest.
+class Parts(NamedTuple):
+    """Bytes of live tensors at one moment.
 
     Attributes:
         weights: the base's parameters and buffers.
@@ -146,11 +150,6 @@ class Rehearsal:
         optimizer: AdamW's moments, as far as they are on the device.
         activations: kept by the forward pass for backward.
         workspace: all else: the loss's chunk, gradients of activations on their way, temporaries.
-        overhead: what the process holds beyond live tensors: the runtime, and holes between tensors.
-        loading: most that loading holds, if the checkpoint's dtype is not the run's and both are there for a while.
-        num_tokens: of the micro batch, without padding.
-        work: what one micro batch does, forward and backward, and the optimizer after it.
-        device: whose accounting this is, `cpu` or `cuda`.
     """
 
     weights: int
@@ -159,8 +158,29 @@ class Rehearsal:
     optimizer: int
     activations: int
     workspace: int
-    overhead: int
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """What an optimizer step needs.
+
+    Attributes:
+        moments: what is live when a part of the step needs most: `forward` with the loss, backward of the `last layer`,
+            of those `between`, of the `first layer` with the embedding, and the optimizer's `step`.
+        runtime: what the first steps bring in besides tensors.
+        holes: what the process holds beyond live tensors because they come and go between others.
+        loading: most that loading holds, if the checkpoint's dtype is not the run's and both are there for a while.
+        paged_bytes: of AdamW's moments, that are not on the device.
+        num_tokens: of the micro batch, without padding.
+        work: what one micro batch does, forward and backward, and the optimizer after it.
+        device: whose accounting this is, `cpu` or `cuda`.
+    """
+
+    moments: dict[str, Parts]
+    runtime: int
+    holes: int
     loading: int
+    paged_bytes: int
     num_parameters: int
     num_trainable: int
     num_tokens: int
@@ -168,9 +188,19 @@ class Rehearsal:
     device: str
 
     @property
+    def parts(self) -> Parts:
+        """The parts at the moment when their sum is greatest."""
+        return max(self.moments.values(), key=sum)
+
+    @property
     def live_bytes(self) -> int:
         """Bytes of live tensors at the peak."""
-        return self.weights + self.adapter + self.gradients + self.optimizer + self.activations + self.workspace
+        return sum(self.parts)
+
+    @property
+    def overhead(self) -> int:
+        """What the process holds beyond live tensors."""
+        return self.runtime + self.holes
 
     @property
     def peak_bytes(self) -> int:
@@ -204,13 +234,19 @@ def rehearse(
     Raises:
         TargetError: `options.targets` matches nothing in this model.
     """
-    place = torch.device(device)
-    if place.type == "cuda" and not torch.cuda.is_available():
-        place = torch.device("cpu")
+    wanted = torch.device(device)
+    # torch cannot pretend a GPU that is not there. The CPU stands in, without what only a CPU does.
+    stands_in = wanted.type == "cuda" and not torch.cuda.is_available()
+    place = torch.device("cpu") if stands_in else wanted
     batch = example_batch(lengths, trained_fraction=trained_fraction, padded=padded, task=task)
     ledger = Ledger()
-    with torch.random.fork_rng(devices=[]), FakeTensorMode(allow_non_fake_inputs=True):
-        model = _build(config, task, dtype, place, quant, double_quant)
+    marks: list[int] = []
+    with (
+        torch.random.fork_rng(devices=[]),
+        FakeTensorMode(allow_non_fake_inputs=True),
+        never_widened() if stands_in else contextlib.nullcontext(),
+    ):
+        model = _build(config, task, dtype, place, quant, double_quant, options)
         loss_fn = make_loss(model)
         attach(model, with_whole(options, head_modules(model)))
         for wrapped in list(adapters(model).values()) * num_restarts:
@@ -218,6 +254,8 @@ def rehearse(
         if activation_checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})
         trained = trainable_parameters(model.train())
+        for layer in layer_list(model)[1:]:
+            layer.register_forward_pre_hook(partial(_mark_backward, ledger, marks), with_kwargs=True)
         optimizer = make_optimizer(
             trained,
             lr=1e-4,
@@ -241,31 +279,50 @@ def rehearse(
             ledger.work.clear()
             begin = len(ledger.events)
             loss = loss_fn(model, batch.to(place).model_inputs(), batch.targets)
-            kept = ledger.alive()
+            kept, forward_end = ledger.alive(), len(ledger.events)
             (loss / max(1, batch.num_targets)).backward()  # type: ignore[no-untyped-call]
             del loss
+            backward_end = len(ledger.events)
             gradients = {ledger.add(p.grad) for p in trained.values() if p.grad is not None}
             clip_gradients(trained.values(), 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-    peak = ledger.alive(ledger.peak(begin))
-    groups = _disjoint(adapter, held, moments, gradients, kept, peak)
-    parts = [sum(ledger.sizes[number] for number in group & peak) for group in groups]
+    groups = _disjoint(held - adapter, adapter, gradients, moments, kept, set(range(len(ledger.sizes))))
+    ends = {"forward": forward_end, "last layer": backward_end, "step": len(ledger.events)}
+    if marks:
+        ends |= {"last layer": marks[0], "between": marks[-1], "first layer": backward_end}
+    step_moments, first = {}, begin
+    for name, end in sorted(ends.items(), key=lambda item: item[1]):
+        if first < end:
+            peak = ledger.alive(ledger.peak(first, end))
+            step_moments[name] = Parts(*(sum(ledger.sizes[n] for n in group & peak) for group in groups))
+        first = end
+    live = max(map(sum, step_moments.values()))
     return Rehearsal(
-        weights=parts[1],
-        adapter=parts[0],
-        gradients=parts[3],
-        optimizer=parts[2],
-        activations=parts[4],
-        workspace=parts[5],
-        overhead=_overhead_bytes(ledger, begin, sum(parts), dtype, place),
-        loading=_loading_bytes(config, dtype, parts[1], place, model),
+        moments=step_moments,
+        runtime=RUNTIME_BYTES_16_BIT if dtype.itemsize == 2 and cpu_computes(dtype) else RUNTIME_BYTES,
+        holes=filled_bytes(ledger.sizes, ledger.events, begin, repeats=2) - live if wanted.type == "cpu" else 0,
+        loading=_loading_bytes(config, dtype, step_moments["forward"].weights, place, model),
+        paged_bytes=num_paged_bytes(optimizer),
         num_parameters=num_parameters(model),
         num_trainable=sum(p.numel() for p in trained.values()),
         num_tokens=batch.num_tokens,
         work=ledger.work,
         device=place.type,
     )
+
+
+def layer_list(model: nn.Module) -> nn.ModuleList:
+    """The model's layers: the longest list of modules in it, or an empty one."""
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    return max(lists, key=len, default=nn.ModuleList())
+
+
+def _mark_backward(ledger: Ledger, marks: list[int], layer: nn.Module, args: Any, kwargs: Any) -> None:
+    """Put down in `marks` when the backward pass has gone through `layer`."""
+    hidden = args[0] if args else kwargs.get("hidden_states")
+    if isinstance(hidden, Tensor) and hidden.requires_grad:
+        hidden.register_hook(lambda _: marks.append(len(ledger.events)))  # type: ignore[no-untyped-call]
 
 
 def example_batch(
@@ -299,10 +356,11 @@ def _build(
     device: torch.device,
     quant: str | None,
     double_quant: bool,
+    options: MethodOptions,
 ) -> PreTrainedModel:
     with device:
         model: PreTrainedModel = task.auto.from_config(copy.deepcopy(config), dtype=dtype)
-    quantize_skeleton(model, quant, double_quant)
+    quantize_skeleton(model, quant, double_quant, options)
     return equip(model)
 
 
@@ -316,20 +374,15 @@ def _disjoint(*groups: Iterable[int]) -> list[set[int]]:
     return result
 
 
-def _overhead_bytes(ledger: Ledger, begin: int, live: int, dtype: torch.dtype, device: torch.device) -> int:
-    runtime = RUNTIME_BYTES_16_BIT if dtype.itemsize == 2 and cpu_computes(dtype) else RUNTIME_BYTES
-    if device.type != "cpu":
-        return runtime
-    return runtime + filled_bytes(ledger.sizes, ledger.events, begin, repeats=2) - live
-
-
 def _loading_bytes(
     config: PretrainedConfig, dtype: torch.dtype, weights: int, device: torch.device, model: PreTrainedModel
 ) -> int:
     stored = config.dtype if isinstance(config.dtype, torch.dtype) else dtype
-    if sizes := [layer.in_features * layer.out_features for _, layer in layers(model)]:
+    if sizes := [layer.shape.numel() for _, layer in layers(model)]:
         # They are quantised one after another.
-        return weights + max(sizes) * (stored.itemsize + (0 if stored == dtype else dtype.itemsize))
+        mended = max((layer.shape.numel() for _, layer in layers(model) if layer.mender is not None), default=0)
+        each = max(sizes) * (stored.itemsize + (0 if stored == dtype else dtype.itemsize))
+        return weights + each + mended * MENDING_BYTES
     if device.type != "cpu" or stored == dtype:
         return weights
     return weights + weights * stored.itemsize // dtype.itemsize
@@ -342,7 +395,7 @@ def _work(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> t
     if op is aten._scaled_dot_product_flash_attention_for_cpu_backward:
         return "attention_backward", _attention_flops(args[1:4]) * 5 // 2
     if op in _QUANTISED_PRODUCTS:
-        return "matmul", 2 * args[0].numel() * args[-1]
+        return "matmul", 2 * args[0].numel() * args[5]
     if op not in flop_registry:
         return "memory", 0
     kind = "matmul"
@@ -351,9 +404,24 @@ def _work(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> t
     return kind, int(flop_registry[op](*args, **kwargs, out_val=out))
 
 
-def _weight_bytes(x: Tensor, codes: Tensor, absmax: Tensor, codebook: Tensor, blocksize: int, features: int) -> int:
-    """Of the weight that a product of `x` with codes writes out."""
-    return x.shape[-1] * features * (4 if is_widened(x) else x.element_size())
+def _bytes_inside(op: Any, args: Sequence[Any], out: Tensor) -> int:
+    """Of what an operation writes out inside for a moment.
+
+    For a product that is a quantised weight, its scales if they are quantised too, and what is widened to float32 for
+    it, the result among that. `logsumexp` writes out the exponentials of all its input.
+    """
+    if op is aten.logsumexp:
+        return int(args[0].nbytes)
+    if op not in (torch.ops.lorica.linear_16bit, *_QUANTISED_PRODUCTS):
+        return 0
+    x: Tensor = args[0]
+    wide = 4 if is_widened(x) else 0
+    if op is torch.ops.lorica.linear_16bit:
+        return 0 if x.numel() // x.shape[-1] <= WIDE_ROWS else wide * (x.numel() + args[1].numel() + out.numel())
+    absmax: Tensor = args[2]
+    weight = x.shape[-1] * int(args[5]) * (wide or x.element_size())
+    scales = 0 if absmax.dtype == torch.float32 else 4 * absmax.numel()
+    return weight + scales + wide * (x.numel() + out.numel())
 
 
 def _attention_flops(query_key_value: Sequence[Tensor]) -> int:

@@ -27,6 +27,7 @@ from lorica.errors import DoesNotFitError
 from lorica.methods.attach import adapters, lr_factors, trainable_parameters
 from lorica.methods.method import Adapter
 from lorica.models.loss import LossFunction
+from lorica.training.energy import Meter, meter_of
 from lorica.training.metrics import peak_memory_bytes
 from lorica.training.optim import clip_gradients, forget_moments, make_optimizer, set_learning_rate
 from lorica.training.paged import Tiers
@@ -108,12 +109,14 @@ class Run:
     wrapped: list[Adapter] = field(init=False)
     optimizer: torch.optim.AdamW = field(init=False)
     device: torch.device = field(init=False)
+    meter: Meter = field(init=False)
 
     def __post_init__(self) -> None:
         options = self.options
         self.parameters = trainable_parameters(self.model)
         self.wrapped = list(adapters(self.model).values())
         self.device = next(iter(self.parameters.values())).device
+        self.meter = meter_of(self.device)
         self.optimizer = make_optimizer(
             self.parameters,
             lr=options.lr,
@@ -128,6 +131,7 @@ class Run:
 
 def take_step(run: Run) -> dict[str, Any]:
     """One optimizer step; its row for metrics.jsonl, with `skipped` and the reason where the weights did not move."""
+    run.meter.begin()
     started = time.perf_counter()
     options, counters = run.options, run.counters
     batches = _batches(run)
@@ -141,6 +145,7 @@ def take_step(run: Run) -> dict[str, Any]:
 
     num_tokens = sum(batch.num_tokens for batch in batches)
     seconds = time.perf_counter() - started
+    run.meter.note()
     counters.step += 1
     counters.tokens += num_tokens
     counters.seconds += seconds
@@ -155,6 +160,8 @@ def take_step(run: Run) -> dict[str, Any]:
         "peak_memory_bytes": peak_memory_bytes(run.device),
         "seconds": counters.seconds,
     }
+    if run.meter.total.joules is not None:
+        row["joules"] = run.meter.total.joules
     return {**row, "skipped": skipped} if skipped else row
 
 

@@ -25,9 +25,11 @@ def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(build, "_SOURCES", folder)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv("LORICA_KERNELS", raising=False)
-    build.library.cache_clear()
+    for cached in (build.library, build._warn):
+        cached.cache_clear()
     yield folder
-    build.library.cache_clear()
+    for cached in (build.library, build._warn):
+        cached.cache_clear()
 
 
 def test_a_source_is_built_once_and_again_when_it_changes(sources: Path) -> None:
@@ -61,11 +63,18 @@ def test_without_a_library_there_is_one_warning(sources: Path, monkeypatch: pyte
         monkeypatch.setenv("CC", "no-such-compiler")
     else:
         (sources / "answer.c").write_text("this is no C\n")
-    with pytest.warns(RuntimeWarning, match="answer.c cannot be built .*(no no-such-compiler|error)"):
+    with pytest.warns(RuntimeWarning, match=r"cannot be built: .*(no no-such-compiler|error).*goes on without"):
         assert build.library("answer.c") is None
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert build.library("answer.c") is None
+
+
+def test_all_sources_together_miss_a_compiler(sources: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    with pytest.warns(RuntimeWarning, match=r"cc or c\+\+ is missing") as caught:
+        assert build.library("answer.c") is build.library("answer.cpp") is None
+    assert len(caught) == 1
 
 
 def test_the_environment_turns_it_off_without_a_word(sources: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from lorica.kernels import cpu
 from lorica.kernels import linear as door
 from lorica.kernels.linear import Linear, is_widened, linear
 
@@ -37,6 +38,25 @@ def test_output_and_gradients_are_float64_rounded_once(
     for mine, theirs, source in zip(got, expected, inputs, strict=True):
         assert mine.dtype is source.dtype
         torch.testing.assert_close(mine.double(), theirs, rtol=2 * torch.finfo(dtype).eps, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("compiled", [True, False])
+def test_few_rows_without_a_gradient(
+    poor_cpu: None, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, compiled: bool
+) -> None:
+    if not compiled:
+        monkeypatch.setattr(cpu, "compiled", lambda: None)
+    torch.manual_seed(0)
+    for num_rows in (0, 1, 3, cpu.WIDE_ROWS, cpu.WIDE_ROWS + 1):
+        # Neither need be contiguous.
+        x, weight = torch.randn(37, num_rows).to(dtype).t(), torch.randn(37, 9).to(dtype).t()
+        with torch.inference_mode():
+            y = linear(x, weight)
+        limit = torch.finfo(dtype).eps / 2 * (x.double() @ weight.double().t()).abs()
+        limit += 1e-6 * (x.double().abs() @ weight.double().abs().t())
+        assert y.dtype is dtype and y.shape == (num_rows, 9)
+        assert ((y.double() - x.double() @ weight.double().t()).abs() <= limit).all()
 
 
 def test_a_frozen_weight_keeps_no_input(poor_cpu: None) -> None:

@@ -20,6 +20,7 @@ from lorica.methods.adalora import AdaLoRA
 from lorica.methods.bottleneck import Bottleneck
 from lorica.methods.dora import DoRA
 from lorica.methods.full import FullFineTuning
+from lorica.methods.hydra import HydraLoRA
 from lorica.methods.ia3 import IA3
 from lorica.methods.lora import LoRA
 from lorica.methods.method import MethodOptions, method_options
@@ -30,6 +31,8 @@ METHODS: dict[str, MethodOptions] = {
     "bottleneck": Bottleneck(size=4, targets="layer"),
     "dora": DoRA(rank=4, alpha=8, targets="layer"),
     "full": FullFineTuning(targets="layer"),
+    "hydra": HydraLoRA(rank=4, alpha=8, num_heads=3, targets="layer"),
+    "hydra uniform": HydraLoRA(rank=4, alpha=8, num_heads=3, gate="uniform", targets="layer"),
     "ia3 of the output": IA3(targets="layer"),
     "ia3 of the input": IA3(targets="layer", feedforward="layer"),
     "lora": LoRA(rank=4, alpha=8, targets="layer"),

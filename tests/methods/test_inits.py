@@ -128,29 +128,3 @@ def test_an_embedding_keeps_its_own_start() -> None:
     adapter = LoRA(rank=4, init="pissa").wrap(nn.Embedding(30, 8), "e")
     assert isinstance(adapter, LoraAdapter) and adapter.start_a is None and not adapter.lora_a.any()
     assert math.isclose(adapter.lora_b.std().item(), 1.0, abs_tol=0.5)
-
-
-def blockwise(weight: torch.Tensor, levels: int = 4, block: int = 8) -> torch.Tensor:
-    """Round each block of a row to `levels` steps either way of its greatest value."""
-    parts = weight.view(weight.shape[0], -1, block)
-    step = parts.abs().amax(-1, keepdim=True) / levels
-    return ((parts / step).round() * step).view_as(weight)
-
-
-def test_loftq_is_its_algorithm_and_brings_the_weight_nearer() -> None:
-    torch.manual_seed(0)
-    weight = torch.randn(24, 16)
-    errors = []
-    for iterations in (1, 5):
-        lora_a, lora_b, quantised = inits.loftq(weight, 4, 2.0, blockwise, iterations)
-        # Algorithm 1 of the paper in float64, with A B^T for s B A.
-        low = torch.zeros(24, 16, dtype=torch.float64)
-        for _ in range(iterations):
-            q = blockwise(weight.double() - low)
-            u, s, vh = torch.linalg.svd(weight.double() - q)
-            low = (u[:, :4] * s[:4]) @ vh[:4]
-        torch.testing.assert_close(quantised.double(), q, rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(2.0 * (lora_b @ lora_a).double(), low, rtol=1e-4, atol=1e-4)
-        errors.append((weight - quantised - 2.0 * lora_b @ lora_a).norm().item())
-    plain = (weight - blockwise(weight)).norm().item()
-    assert errors[1] < errors[0] < 0.9 * plain

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, GemmaConfig, LlamaConfig, Qwen3Config
 from transformers.models.gemma.modeling_gemma import GemmaMLP, GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
@@ -14,6 +15,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 import lorica
 from lorica.models.lean import GatedMLP, RMSNorm, use_lean_layers
+from lorica.training.rehearsal import Ledger
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
          "num_key_value_heads": 2, "vocab_size": 50, "head_dim": 8}  # fmt: skip
@@ -100,19 +102,18 @@ def test_an_adapted_model_has_the_same_loss_and_gradients(config: LlamaConfig) -
         torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-4, atol=1e-6, msg=name)
 
 
-def test_an_mlp_keeps_gate_and_up_and_no_product_of_them() -> None:
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_an_mlp_keeps_gate_and_up_and_no_product_of_them(checkpointed: bool) -> None:
+    """Of its inner size; under activation checkpointing nothing at all."""
     mlp = LlamaMLP(LlamaConfig(**SIZES)).requires_grad_(False)
     holder = lorica.adapt(nn.ModuleDict({"mlp": mlp}), lorica.LoRA(rank=2))
     kept = {}
     for name in ("plain", "lean"):
         if name == "lean":
             use_lean_layers(holder)
-        storages: dict[int, torch.Tensor] = {}
-
-        def pack(tensor: torch.Tensor, seen: dict[int, torch.Tensor] = storages) -> torch.Tensor:
-            return seen.setdefault(tensor.untyped_storage()._cdata, tensor)
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            holder["mlp"](torch.randn(7, 32, requires_grad=True)).sum()
-        kept[name] = sum(tensor.numel() == 7 * 48 for tensor in storages.values())
-    assert kept == {"plain": 4, "lean": 2}
+        x = torch.randn(7, 32, requires_grad=True)
+        with Ledger() as ledger:
+            out = checkpoint(holder["mlp"], x, use_reentrant=False) if checkpointed else holder["mlp"](x)
+            kept[name] = sum(ledger.sizes[number] == 4 * 7 * 48 for number in ledger.alive())
+        out.sum().backward()
+    assert kept == ({"plain": 0, "lean": 0} if checkpointed else {"plain": 4, "lean": 2})

@@ -74,7 +74,8 @@ def test_only_what_differs_is_listed(make_run: Make, tmp_path: Path, capsys: pyt
 
 
 def test_the_figures_are_those_of_the_log_and_the_result(make_run: Make, tmp_path: Path) -> None:
-    runs = [make_run("a", FIRST, result=RESULT, answers={"Is it?": "no"}), make_run("b", SECOND)]
+    drawn = {"energy_joules": 12345.0, "energy_source": "RAPL package 0"}
+    runs = [make_run("a", FIRST, result={**RESULT, **drawn}, answers={"Is it?": "no"}), make_run("b", SECOND)]
     first, second = compare(runs, output=tmp_path / "c.png").runs
     assert first == RunSummary(
         name="a",
@@ -83,6 +84,8 @@ def test_the_figures_are_those_of_the_log_and_the_result(make_run: Make, tmp_pat
         steps=2,
         tokens=200,
         seconds=1.0,
+        energy_joules=12345.0,
+        energy_source="RAPL package 0",
         peak_memory_bytes=3 * 2**20,
         trainable_parameters=1234,
         train_loss=3.0,
@@ -90,10 +93,34 @@ def test_the_figures_are_those_of_the_log_and_the_result(make_run: Make, tmp_pat
         best_eval_loss=3.5,
         best_step=1,
         scores={"exact_match": 50.0, "bleu": 12.5, "chrf": 3.0},
+        routing={},
         notes=[],
     )
     assert (second.status, second.train_loss, second.best_eval_loss, second.scores) == ("unfinished", 4.5, None, {})
     assert (second.peak_memory_bytes, second.notes) == (2**20, ["result.json is missing."])
+    assert (second.energy_joules, second.energy_source) == (None, "")
+
+
+@pytest.mark.parametrize(
+    ("metrics", "result", "cell"),
+    [
+        ([{**step(1, 4.0), "joules": 2500.0}], None, "2.5 kJ (so far)"),
+        ([step(1, 4.0)], {**RESULT, "energy_joules": None, "energy_source": "a virtual machine"}, "not readable"),
+        ([step(1, 4.0)], RESULT, "-"),
+    ],
+    ids=["unfinished", "not readable", "of a version that did not measure"],
+)
+def test_energy_is_what_the_run_says(
+    make_run: Make,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    metrics: list[dict[str, Any]],
+    result: dict[str, Any] | None,
+    cell: str,
+) -> None:
+    compare([make_run("a", metrics, result=result), make_run("b", SECOND)], output=tmp_path / "c.png")
+    line = next(line for line in capsys.readouterr().out.splitlines() if "energy in steps" in line)
+    assert line.split() == ["energy", "in", "steps", *cell.split(), "-"]
 
 
 def test_answers_to_the_same_rows_stand_side_by_side(

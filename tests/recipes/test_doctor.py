@@ -29,7 +29,7 @@ def test_this_machine(capsys: pytest.CaptureFixture[str]) -> None:
     diagnosis = json.loads(capsys.readouterr().out)
     checks = {check["name"]: check for check in diagnosis["checks"]}
     assert diagnosis["ok"] and checks["torch"]["value"] == metadata.version("torch")
-    assert {"python", "cpu", "gpu", "memory", "disk", "c compiler", "memory pool", "datasets"} <= set(checks)
+    assert {"python", "cpu", "gpu", "energy", "memory", "disk", "c compiler", "memory pool", "datasets"} <= set(checks)
     assert all(check["advice"] for check in checks.values() if check["status"] != "ok")
 
 

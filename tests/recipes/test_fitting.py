@@ -45,12 +45,12 @@ def test_paging_is_offered_before_what_changes_the_result(
     def rehearse_run(config: RunConfig, setting: Setting) -> Any:
         optimizer = 4 * GIB if config.train.optimizer_memory is None else config.train.optimizer_memory
         rest = 6 * GIB - GIB * config.train.activation_checkpointing - 2 * GIB * (config.model.dtype == "bfloat16")
-        return SimpleNamespace(optimizer=optimizer, peak_bytes=optimizer + rest - (64 << 20))
+        return SimpleNamespace(parts=SimpleNamespace(optimizer=optimizer), peak_bytes=optimizer + rest - (64 << 20))
 
     monkeypatch.setattr(fitting, "rehearse_run", rehearse_run)
     assert fitting.find_alternatives(make_config(), SETTING, room)[0].overrides == expected
 
 
 def test_moments_that_are_few_are_not_paged(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fitting, "rehearse_run", lambda config, setting: SimpleNamespace(optimizer=1 << 20))
+    monkeypatch.setattr(fitting, "rehearse_run", lambda *_: SimpleNamespace(parts=SimpleNamespace(optimizer=1 << 20)))
     assert all(key != "train.optimizer_memory" for key, _, _ in fitting._harmful(make_config(), SETTING))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ import pytest
 
 from lorica.errors import ConfigError, DataError
 from lorica.evaluate.generation import generate as generate_ids
+from lorica.quant.linear import format_of
 from lorica.recipes import generate as recipe
 from lorica.recipes.generate import Answer, chat, generate
 from lorica.recipes.opening import open_model
@@ -49,6 +51,15 @@ def test_one_prompt_gives_plain_text(opened: tuple[Any, Any, Any], capsys: pytes
     assert expected
     assert answers == [Answer("Who lives in the forest?", expected)]
     assert capsys.readouterr().out == expected + "\n"
+
+
+def test_the_head_may_be_quantised(opened: tuple[Any, Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    model, *rest = opened
+    other = copy.deepcopy(model)
+    monkeypatch.setattr(recipe, "open_model", lambda *_, **__: (other, *rest))
+    (answer,) = generate("embedded", prompt="Who lives in the forest?", max_new_tokens=4, quant_head="int8")
+    assert format_of(other) == "int8" and format_of(model) is None
+    assert answer.response == by_hand((other, *rest), TURN.format("user", "Who lives in the forest?") + ASK, 4)
 
 
 def test_stdin_is_one_prompt(opened: tuple[Any, Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:

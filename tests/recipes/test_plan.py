@@ -11,7 +11,7 @@ import torch
 from lorica.cli import main
 from lorica.config import RunConfig, load_config
 from lorica.data.sampler import Order
-from lorica.errors import DataError, DoesNotFitError
+from lorica.errors import DataError, DoesNotFitError, TargetError
 from lorica.recipes.plan import plan
 from lorica.recipes.preparing import prepare
 from lorica.recipes.rehearsing import look_around, rehearse_run
@@ -95,6 +95,32 @@ def test_nothing_fits(bare: Path) -> None:
         plan(configuration(bare), memory_bytes=1 << 20)
     assert caught.value.exit_code == 4 and "train.activation_checkpointing=true" in str(caught.value)
     assert " 0 B are free for it" in str(caught.value), "what is taken already is more than what may be used"
+
+
+def test_paged_moments_are_told_by_place(bare: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    full = ("method.name=full", "train.optimizer_memory=2MiB", f"train.output={tmp_path / 'run'}")
+    report = plan(configuration(bare, "/nowhere/rows.jsonl", *full))
+    paging = report.paging
+    assert paging is not None and paging.device_bytes <= 2 << 20 and paging.host_bytes == 0
+    held = paging.device_bytes + paging.file_bytes
+    # The buffers are counted with the device, and each page is rounded up to 64 bytes.
+    assert 8 * report.trainable_parameters <= held < 8.2 * report.trainable_parameters + (2 << 20)
+    out = " ".join(capsys.readouterr().out.split())
+    assert "of disk needed" in out and "go there and back each step, up to" in out
+
+
+def test_targets_that_match_nothing_come_before_the_rows(bare: Path, tmp_path: Path) -> None:
+    (tmp_path / "broken.jsonl").write_text("{no json\n")
+    with pytest.raises(TargetError, match="no_such"):
+        plan(configuration("embedded", tmp_path / "broken.jsonl", "method.targets=[no_such]"))
+
+
+def test_a_run_for_a_gpu_that_is_not_here(bare: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    report = plan(configuration(bare, "/nowhere/rows.jsonl", "model.device=cuda", "model.quant=nf4"))
+    assert report.tokens_per_second is None and any("no cuda device here" in note for note in report.assumptions)
+    assert "tokens/s" not in capsys.readouterr().out
 
 
 def test_the_command(bare: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

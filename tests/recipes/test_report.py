@@ -22,6 +22,8 @@ RESULT: dict[str, Any] = {
     "adapter_step": 1200,
     "tokens": 987654,
     "seconds": 75.0,
+    "energy_joules": 12345.0,
+    "energy_source": "RAPL package 0",
     "tokens_per_second": 13168.7,
     "peak_memory_bytes": 3 << 30,
     "read_back_difference": 0.0,
@@ -41,12 +43,18 @@ def test_the_page_says_what_came(tmp_path: Path) -> None:
         "| training loss, last step | 1.235 |",
         "| evaluation loss, best | - |",
         "| time in steps | 1 min 15 s |",
+        "| energy in steps | 12.3 kJ (RAPL package 0) |",
         "| tokens a second | 13,169 |",
         "| peak memory of the process | 3.0 GiB |",
         "| adapter read back: largest logit difference | 0 |",
     ):
         assert line in page.splitlines()
     assert "![Loss and learning rate](curves.png)" in page and (tmp_path / "curves.png").is_file()
+
+
+def test_energy_that_cannot_be_read_has_its_reason() -> None:
+    page = "\n".join(run_sections({**RESULT, "energy_joules": None, "energy_source": "a virtual machine"}))
+    assert "| energy in steps | not readable here: a virtual machine |" in page.splitlines()
 
 
 def test_a_cell_cannot_break_the_table() -> None:

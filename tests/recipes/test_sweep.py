@@ -17,7 +17,7 @@ import torch
 
 from lorica.cli import main
 from lorica.config import RunConfig, dump_yaml, load_config
-from lorica.errors import ConfigError, DivergedError, DoesNotFitError, LoricaError, StoppedError
+from lorica.errors import ConfigError, DivergedError, DoesNotFitError, LoricaError, StoppedError, TargetError
 from lorica.recipes import pictures, report
 from lorica.recipes import sweep as recipe
 from lorica.recipes import train as train_recipe
@@ -30,7 +30,7 @@ from lorica.training.metrics import read_metrics
 
 NUM_STEPS, RUNG = 12, 4
 LRS = "train.lr=1e-5,1e-2,1e-3"
-TIMING = ("seconds", "tokens_per_second", "peak_memory_bytes")
+TIMING = ("seconds", "tokens_per_second", "peak_memory_bytes", "joules")
 WEIGHTS = "adapter/adapter_model.safetensors"
 
 
@@ -541,3 +541,12 @@ def test_data_that_was_prepared_is_not_read_again(run_yaml: Path, monkeypatch: p
     monkeypatch.setattr(train_recipe, "prepare", counted)
     sweep(run_yaml, ["train.lr=1e-3,1e-2", "train.max_steps=1"])
     assert len(calls) == 1
+
+
+def test_targets_that_match_nothing_are_told_before_anything_is_trained(
+    run_yaml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders = count_training(monkeypatch)
+    with pytest.raises(TargetError, match=r"no_such(.|\n)*nor_this"):
+        sweep(run_yaml, ["method.targets=all-linear,[no_such],[nor_this]"], output=tmp_path / "sweep")
+    assert folders == [] and not (tmp_path / "sweep").exists()

@@ -47,7 +47,7 @@ from lorica.training.lock import RunLock
 from lorica.training.metrics import read_metrics
 
 Config = Callable[..., RunConfig]
-TIMING = ("seconds", "tokens_per_second", "peak_memory_bytes")
+TIMING = ("seconds", "tokens_per_second", "peak_memory_bytes", "joules")
 NUM_STEPS = 24
 
 
@@ -588,6 +588,17 @@ def test_a_result_of_another_version_is_made_again(tmp_path: Path, finished: Pat
     result = lorica.train(config, resume="auto")
     assert (result.status, result.resumed_from_step) == ("finished", NUM_STEPS)
     same_run(tmp_path / "run", finished)
+
+
+def test_a_result_that_says_nothing_of_energy_is_read(tmp_path: Path, finished: Path) -> None:
+    shutil.copytree(finished, tmp_path / "run")
+    file = tmp_path / "run" / "result.json"
+    result = json.loads(file.read_text())
+    del result["energy_joules"], result["energy_source"]
+    file.write_text(json.dumps(result))
+    config = load_config(finished, [f"train.output={tmp_path / 'run'}"]).config
+    again = lorica.train(config, resume="auto")
+    assert (again.status, again.energy_joules) == ("nothing to do", None) and "did not measure" in again.energy_source
 
 
 def test_a_moved_run_does_not_start_anew_in_its_old_place(finished: Path, tmp_path: Path) -> None:

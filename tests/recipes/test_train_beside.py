@@ -70,7 +70,7 @@ def test_a_rehearsal_counts_it(name: str, tiny_llama: Callable[..., Any]) -> Non
     found = rehearse(model.config, options, dtype=torch.float32, lengths=[16, 7], num_micro_batches=2)
     trained = lorica.trainable_parameters(lorica.adapt(model, options))
     assert found.num_trainable == sum(p.numel() for p in trained.values())
-    assert found.adapter == found.gradients == 4 * found.num_trainable
+    assert found.parts.adapter == found.parts.gradients == 4 * found.num_trainable
 
 
 def test_merged_it_is_a_plain_tied_model(straight: Path, tmp_path: Path) -> None:

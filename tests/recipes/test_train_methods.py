@@ -17,6 +17,7 @@ from lorica.methods.adalora import AdaLoRA
 from lorica.methods.attach import in_front
 from lorica.methods.bottleneck import Bottleneck
 from lorica.methods.full import FullFineTuning
+from lorica.methods.hydra import HydraLoRA
 from lorica.methods.method import MethodOptions
 from lorica.methods.prefix import PrefixTuning
 from lorica.methods.ptuning import PTuning
@@ -32,10 +33,16 @@ Config = Callable[..., RunConfig]
 METHODS: dict[str, MethodOptions] = {
     "bottleneck": Bottleneck(size=8),
     "full": FullFineTuning(),
+    "hydra": HydraLoRA(rank=4, num_heads=3, routing="sequence", balance_loss=0.01, dropout=0.1),
     "prefix": PrefixTuning(num_virtual_tokens=8),
     "ptuning": PTuning(num_virtual_tokens=8, encoder="lstm"),
 }
-NOT_MERGEABLE = {"bottleneck": "not linear", "prefix": "keys and values", "ptuning": "in front of the text"}
+NOT_MERGEABLE = {
+    "bottleneck": "not linear",
+    "hydra": "depend on the input",
+    "prefix": "keys and values",
+    "ptuning": "in front of the text",
+}
 
 
 @pytest.fixture(scope="module", params=METHODS)
@@ -107,9 +114,9 @@ def test_a_rehearsal_counts_what_there_is(name: str, tiny_llama: Callable[..., A
         )
         trained = lorica.trainable_parameters(lorica.adapt(tiny_llama(tie_word_embeddings=True), METHODS[name]))
         num_trained = sum(p.numel() for p in trained.values())
-        assert found.num_trainable == num_trained and found.weights == base_bytes + buffer_bytes
-        assert found.adapter == found.gradients == 4 * num_trained
-        assert found.optimizer == 8 * num_trained + 4 * len(trained)
+        assert found.num_trainable == num_trained and found.parts.weights == base_bytes + buffer_bytes
+        assert found.parts.adapter == found.parts.gradients == 4 * num_trained
+        assert found.parts.optimizer == 8 * num_trained + 4 * len(trained)
 
 
 def test_it_is_planned_by_its_name(name: str, capsys: pytest.CaptureFixture[str]) -> None:

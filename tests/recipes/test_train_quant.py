@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,17 +10,20 @@ import pytest
 import torch
 
 import lorica
-from lorica.config import RunConfig, load_config
+from lorica.config import RunConfig, dump_yaml, load_config
 from lorica.errors import CheckpointError, NotMergeableError, TargetError
+from lorica.kernels import build, cpu, cpu_attention
 from lorica.methods.method import method_options
 from lorica.models.load import load_config as load_config_of
 from lorica.models.load import load_model
 from lorica.quant.linear import format_of, layers
 from lorica.recipes.evaluate import evaluate
+from lorica.recipes.export import export
 from lorica.recipes.generate import generate
 from lorica.recipes.merge import merge
 from lorica.recipes.opening import open_model
 from lorica.recipes.rehearsing import look_around, rehearse_run
+from lorica.recipes.sweep import sweep
 from lorica.training.checkpoint import find_checkpoints, read_checkpoint
 from lorica.training.metrics import read_metrics
 from lorica.training.rehearsal import rehearse
@@ -147,10 +150,75 @@ def test_a_base_that_was_saved_quantised_is_trained_too(
     lorica.train(configure(tmp_path / "saved", quant=None, base=str(tmp_path / "base"), max_steps=12))
     assert losses(tmp_path / "saved") == losses(straight)
     found = rehearse(load_config_of(tmp_path / "base"), lorica.LoRA(rank=4), dtype=torch.float32, lengths=[64])
-    assert found.weights == sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
+    assert found.parts.weights == sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
     with pytest.raises(NotMergeableError, match="load that without quant"):
         merge(tmp_path / "saved", tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
+
+
+def test_a_base_that_was_saved_in_fp4_serves_every_verb(configure: Config, tiny_base: Path, tmp_path: Path) -> None:
+    base, run = tmp_path / "base", tmp_path / "run"
+    load_model(tiny_base, dtype="float32", device="cpu", quant="fp4", double_quant=False).save_pretrained(base)
+    for file in tiny_base.glob("*token*"):
+        (base / file.name).write_bytes(file.read_bytes())
+    lorica.train(configure(run, quant=None, base=str(base)))
+    again = configure(tmp_path / "again", quant=None, base=str(base))
+    assert lorica.train(again, stop_at=4).status == "paused"
+    lorica.train(again, resume="auto")
+    assert losses(tmp_path / "again") == losses(run) and losses(run)[-1] < losses(run)[0]
+    report = evaluate(run, generate=False).all
+    assert report.base is not None and report.adapter.loss < report.base.loss
+    assert len(generate(run, prompt="What is 1 plus 2?", max_new_tokens=2)) == 1
+    assert export(run, tmp_path / "export").max_difference == 0.0
+    assert format_of(open_model(tmp_path / "export")[0]) == "fp4"
+    with pytest.raises(NotMergeableError, match="load that without quant"):
+        merge(run, tmp_path / "merged")
+
+
+def test_a_sweep_tries_the_base_in_4_bits_too(configure: Config, tmp_path: Path) -> None:
+    config = configure(tmp_path / "run", quant=None, max_steps=4)
+    (tmp_path / "run.yaml").write_text(dump_yaml(config))
+    found = sweep(
+        tmp_path / "run.yaml", ["model.quant=null,nf4", "model.double_quant=false"], output=tmp_path / "sweep"
+    )
+    arms = {arm.values["model.quant"]: arm for arm in found.arms}
+    assert [arm.status for arm in arms.values()] == ["finished", "finished"]
+    assert {quant: format_of(open_model(arm.folder)[0]) for quant, arm in arms.items()} == {None: None, "nf4": "nf4"}
+    assert arms[None].eval_loss != arms["nf4"].eval_loss
+    best = load_config(tmp_path / "sweep" / "best.yaml").config.model
+    assert arms[best.quant].name == found.best
+
+
+@pytest.fixture
+def no_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """All is computed as on a machine without a compiler, until the test ends."""
+    caches = (build.library, cpu.compiled, cpu_attention.compiled)
+    monkeypatch.setenv("LORICA_KERNELS", "reference")
+    for function in caches:
+        function.cache_clear()
+    yield
+    for function in caches:
+        function.cache_clear()
+
+
+def test_a_machine_without_a_compiler_goes_on_with_it_and_uses_it(
+    no_compiler: None, configure: Config, straight: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    first = find_checkpoints(straight / "checkpoints")[0]
+    lorica.train(configure(run, max_steps=12), resume=first)
+    assert cpu.compiled() is None and cpu_attention.compiled() is None
+    done = losses(run)
+    assert 0 < len(done) < 12
+    assert done == pytest.approx(losses(straight)[-len(done) :], rel=1e-4)
+    ours, theirs = (evaluate(folder, base=False, generate=False).all.adapter.loss for folder in (run, straight))
+    assert ours == pytest.approx(theirs, rel=1e-4)
+    assert len(generate(run, prompt="What is 1 plus 2?", max_new_tokens=2)) == 1
+    assert export(run, tmp_path / "export").max_difference == 0.0
+    merge(run, tmp_path / "merged")
+    assert format_of(load_model(tmp_path / "merged")) is None
+    merge(run, tmp_path / "quantised", ["model.quant=nf4"])
+    assert format_of(load_model(tmp_path / "quantised")) == "nf4, double_quant"
 
 
 @pytest.mark.parametrize("double_quant", [False, True])
@@ -165,7 +233,7 @@ def test_a_rehearsal_counts_the_bytes_that_there_are(double_quant: bool, tiny_ba
         double_quant=double_quant,
     )
     tensors = (*model.parameters(), *model.buffers())
-    assert found.weights == sum(t.numel() * t.element_size() for t in tensors)
+    assert found.parts.weights == sum(t.numel() * t.element_size() for t in tensors)
     assert found.num_parameters == sum(p.numel() for p in load_model(tiny_base).parameters()) + found.num_trainable
 
 
@@ -173,7 +241,7 @@ def test_it_is_planned_as_run_yaml_says(tiny_base: Path) -> None:
     lines = [f"model.base={tiny_base}", "data.train=/nowhere", "train.batch_tokens=1024", "model.device=cpu"]
     configs = [load_config(None, [*lines, *more]).config for more in ([], ["model.quant=nf4"])]
     plain, quantised = (rehearse_run(config, look_around(config, require_data=False)[0]) for config in configs)
-    assert quantised.weights < plain.weights and quantised.num_parameters == plain.num_parameters
+    assert quantised.parts.weights < plain.parts.weights and quantised.num_parameters == plain.num_parameters
     # The same products, the dequantised weight beside them.
     flops = [sum(op.flops * n for op, n in r.work.items() if "matmul" in op.kind) for r in (plain, quantised)]
     assert flops[0] == flops[1]

@@ -102,8 +102,8 @@ def test_a_rehearsal_counts_the_pasts(tiny_llama: Callable[..., Any], restarts: 
     found = rehearse(model.config, options, dtype=torch.float32, lengths=[16], num_restarts=restarts)
     base = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
     trained = sum(p.numel() for p in lorica.trainable_parameters(lorica.adapt(model, options)).values())
-    assert found.weights == base + 4 * restarts * trained and found.num_trainable == trained
-    assert found.optimizer == 8 * trained + 4 * 28
+    assert found.parts.weights == base + 4 * restarts * trained and found.num_trainable == trained
+    assert found.parts.optimizer == 8 * trained + 4 * 28
 
 
 @pytest.mark.parametrize(("init", "buffers"), [("eva", 0), ("lora_ga", 1)])
@@ -111,7 +111,7 @@ def test_a_start_from_data_is_rehearsed_without_it(tiny_llama: Callable[..., Any
     model = tiny_llama()
     found = rehearse(model.config, LoRA(rank=4, init=init), dtype=torch.float32, lengths=[16])
     base = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
-    assert found.weights == base + 4 * buffers * found.num_trainable
+    assert found.parts.weights == base + 4 * buffers * found.num_trainable
 
 
 def test_a_plan_counts_the_restarts_that_it_knows_of(make_config: Config) -> None:

@@ -29,7 +29,7 @@ from lorica.training.metrics import read_metrics
 from .conftest import IDENTITY, Bigram, in_child, kill_self, make_dataset, make_model, make_order, summed_loss
 
 Train = Callable[..., Any]
-TIMING = ("seconds", "tokens_per_second", "peak_memory_bytes")
+TIMING = ("seconds", "tokens_per_second", "peak_memory_bytes", "joules")
 
 
 class Killed(BaseException):
@@ -100,7 +100,7 @@ def test_rows_say_what_happened(train: Train, tmp_path: Path) -> None:
     assert [row["step"] for row in steps] == list(range(1, order.num_steps + 1))
     assert steps[-1]["tokens"] == 2 * dataset.lengths.sum() == result.tokens
     assert steps[-1]["epoch"] == 2.0 and steps[0]["lr"] == 0.01 and steps[-1]["lr"] == 0.0
-    assert steps[0].keys() == {"step", "epoch", "loss", "lr", "grad_norm", "tokens", *TIMING}
+    assert {*steps[0], "joules"} == {"step", "epoch", "loss", "lr", "grad_norm", "tokens", *TIMING}
     assert all(row["seconds"] > 0 and row["tokens_per_second"] > 0 and row["peak_memory_bytes"] > 1e6 for row in steps)
     evaluations = [row for row in everything if "eval_loss" in row]
     assert [row["step"] for row in evaluations] == sorted({*range(3, order.num_steps + 1, 3), order.num_steps})

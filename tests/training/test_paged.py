@@ -414,10 +414,10 @@ def test_the_plan_counts_what_is_on_the_device(
     ]
     trained = rehearsals[0].num_trainable
     # In 8 bits: the larger weights take two codes and two float32 a block of 256.
-    assert rehearsals[0].optimizer > trained * (8 if bits == 32 else 2)
-    assert rehearsals[0].optimizer < trained * 8.1
-    assert budget // 2 < rehearsals[1].optimizer <= budget
-    assert rehearsals[0].live_bytes - rehearsals[1].live_bytes > rehearsals[0].optimizer - budget - 20_000
+    assert rehearsals[0].parts.optimizer > trained * (8 if bits == 32 else 2)
+    assert rehearsals[0].parts.optimizer < trained * 8.1
+    assert budget // 2 < rehearsals[1].parts.optimizer <= budget
+    assert rehearsals[0].live_bytes - rehearsals[1].live_bytes > rehearsals[0].parts.optimizer - budget - 20_000
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

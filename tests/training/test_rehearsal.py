@@ -48,10 +48,10 @@ def test_parts_in_closed_form(
     trained = trainable_parameters(adapt(model, LoRA(rank=4)))
     num_trained = sum(p.numel() for p in trained.values())
     assert (found.num_parameters, found.num_trainable) == (num_base + num_trained, num_trained)
-    assert found.weights == num_base * dtype.itemsize + buffers
-    assert found.adapter == found.gradients == 4 * num_trained
+    assert found.parts.weights == num_base * dtype.itemsize + buffers
+    assert found.parts.adapter == found.parts.gradients == 4 * num_trained
     # AdamW counts its steps in one float32 a tensor.
-    assert found.optimizer == 8 * num_trained + 4 * len(trained)
+    assert found.parts.optimizer == 8 * num_trained + 4 * len(trained)
     assert found.num_tokens == 39
     runtime = RUNTIME_BYTES_16_BIT if dtype == torch.bfloat16 and cpu_computes(dtype) else RUNTIME_BYTES
     # The rest is holes, and each of some thousand small tensors is rounded up to 64 bytes.
@@ -61,7 +61,7 @@ def test_parts_in_closed_form(
 
 def test_gradients_do_not_wait_from_step_to_step(rehearsed: Callable[..., Rehearsal]) -> None:
     once, accumulated = rehearsed(num_micro_batches=1), rehearsed(num_micro_batches=2)
-    assert once.gradients < accumulated.gradients
+    assert once.parts.gradients < accumulated.parts.gradients
 
 
 def test_activations_of_an_mlp_by_hand() -> None:
@@ -101,7 +101,7 @@ def test_views_are_not_counted_twice_and_deaths_are_seen() -> None:
 
 def test_checkpointing_keeps_less_and_works_more(rehearsed: Callable[..., Rehearsal]) -> None:
     plain, checkpointed = (rehearsed(lengths=[64] * 4, activation_checkpointing=c) for c in (False, True))
-    assert checkpointed.activations < plain.activations / 2 and checkpointed.live_bytes < plain.live_bytes
+    assert checkpointed.parts.activations < plain.parts.activations / 2 and checkpointed.live_bytes < plain.live_bytes
 
     def flops(found: Rehearsal) -> int:
         return sum(operation.flops * count for operation, count in found.work.items())
@@ -111,7 +111,7 @@ def test_checkpointing_keeps_less_and_works_more(rehearsed: Callable[..., Rehear
 
 def test_activations_grow_with_the_tokens(rehearsed: Callable[..., Rehearsal]) -> None:
     one, two = rehearsed(lengths=[64] * 2), rehearsed(lengths=[64] * 4)
-    assert two.activations == pytest.approx(2 * one.activations, rel=0.02)
+    assert two.parts.activations == pytest.approx(2 * one.parts.activations, rel=0.02)
 
 
 def test_untrained_tokens_skip_the_head(rehearsed: Callable[..., Rehearsal]) -> None:
@@ -124,7 +124,7 @@ def test_untrained_tokens_skip_the_head(rehearsed: Callable[..., Rehearsal]) -> 
 
 def test_padded_batches_pay_for_their_padding(rehearsed: Callable[..., Rehearsal]) -> None:
     packed, padded = (rehearsed(lengths=[64] + [4] * 16, padded=p) for p in (False, True))
-    assert packed.num_tokens == padded.num_tokens == 128 and padded.activations > 2 * packed.activations
+    assert packed.num_tokens == padded.num_tokens == 128 and padded.parts.activations > 2 * packed.parts.activations
 
 
 def test_large_tensors_leave_no_holes(rehearsed: Callable[..., Rehearsal]) -> None:

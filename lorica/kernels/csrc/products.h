@@ -1,6 +1,7 @@
-/* Products with a quantised weight that is never written out: y[r, o] = sum over i of x[r, i] w[o, i].
+/* Products of few rows: y[r, o] = sum over i of x[r, i] w[o, i], where w is read once, as it is stored.
  *
- * The weight is read as codes and meets x in registers. Up to TILE rows of x share one lookup. In 4 bits, three ways:
+ * A weight in codes, or of 16 bits, becomes float32 in registers only, where it meets x; up to TILE rows of x share
+ * that. Scales that are quantised themselves are read as they are too. In 4 bits there are three ways:
  *   any shape        elements looked up one by one, since a row may begin in the middle of a byte;
  *   in % 32 == 0     vectors of float32;
  *   AVX2, 16-bit x   vectors of int16 (below), three times as fast, because AVX2 has no quick lookup of floats.
@@ -10,14 +11,23 @@
 #include "numbers.h"
 
 enum { TILE = 4 };
+enum { NESTED = 256 }; /* scales in a block of scales */
 enum { GROUP = 16 }; /* outputs that meet a tile of x while it lies in the first cache */
 
 typedef struct {
-    const uint8_t *codes;
-    const float *absmax, *codebook;
+    const void *codes, *absmax;
+    const float *codebook;
     int64_t inputs, outputs;
     int shift; /* log2 of the block size */
+    /* Where absmax is quantised itself, in 8 bits: the absmax of its blocks, its levels and its offset. Else NULL. */
+    const float *nested, *levels, *offset;
 } Weight;
+
+static inline float scale_of(const Weight *w, int64_t block) {
+    if (!w->nested) return ((const float *)w->absmax)[block];
+    const float scale = w->levels[((const uint8_t *)w->absmax)[block]] * w->nested[block / NESTED];
+    return scale + *w->offset;
+}
 
 static inline floats multiply_add(floats a, floats b, floats c) {
 #if SIMD == 512
@@ -40,7 +50,7 @@ static void dot_any(const Weight *w, int64_t output, const float *x, int rows, f
     for (int r = 0; r < rows; r++) sums[r] = 0;
     for (int64_t i = 0; i < w->inputs; i++) {
         const int64_t index = output * w->inputs + i;
-        const float value = w->codebook[code_at(w->codes, index)] * w->absmax[index >> w->shift];
+        const float value = w->codebook[code_at(w->codes, index)] * scale_of(w, index >> w->shift);
         for (int r = 0; r < rows; r++) sums[r] += value * x[r * w->inputs + i];
     }
 }
@@ -53,10 +63,10 @@ static INLINE void dot_floats_of(const Weight *w, int64_t output, const float *x
     for (int64_t i = 0; i < w->inputs;) {
         const int64_t block = (begin + i) >> w->shift;
         const int64_t end = smaller(w->inputs, ((block + 1) << w->shift) - begin);
-        const Table table = table_of(w->codebook, w->absmax[block]);
+        const Table table = table_of(w->codebook, scale_of(w, block));
         for (; i < end; i += 2 * LANES) {
             floats even, odd;
-            lookup_floats(table, w->codes + (begin + i) / 2, &even, &odd);
+            lookup_floats(table, (const uint8_t *)w->codes + (begin + i) / 2, &even, &odd);
             UNROLLED for (int r = 0; r < rows; r++) {
                 const unaligned_floats *here = (const unaligned_floats *)(x + r * w->inputs + i);
                 total[r] = multiply_add(even, here[0], total[r]);
@@ -123,7 +133,7 @@ static INLINE void dot_integers_of(const Weight *w, int64_t output, Integers x, 
     UNROLLED for (int r = 0; r < rows; r++) total[r] = _mm256_setzero_ps();
     for (int64_t step = 0; step < steps; step++) {
         const int64_t index = begin + step * STEP;
-        const __m256i bytes = _mm256_loadu_si256((const __m256i *)(w->codes + index / 2));
+        const __m256i bytes = _mm256_loadu_si256((const __m256i *)((const uint8_t *)w->codes + index / 2));
         const __m256i even = _mm256_and_si256(_mm256_srli_epi16(bytes, 4), nibble);
         const __m256i odd = _mm256_and_si256(bytes, nibble);
         const __m256i even_low = _mm256_shuffle_epi8(low, even), even_high = _mm256_shuffle_epi8(high, even);
@@ -131,7 +141,7 @@ static INLINE void dot_integers_of(const Weight *w, int64_t output, Integers x, 
         const __m256i weights[4] = {
             _mm256_unpacklo_epi8(even_low, even_high), _mm256_unpackhi_epi8(even_low, even_high),
             _mm256_unpacklo_epi8(odd_low, odd_high), _mm256_unpackhi_epi8(odd_low, odd_high)};
-        const float scale = w->absmax[index >> w->shift] * unit;
+        const float scale = scale_of(w, index >> w->shift) * unit;
         UNROLLED for (int r = 0; r < rows; r++) {
             const __m256i *here = (const __m256i *)(x.values + r * w->inputs + step * STEP);
             const __m256i first = _mm256_add_epi32(_mm256_madd_epi16(weights[0], _mm256_loadu_si256(here)),
@@ -209,14 +219,14 @@ static INLINE void dot_numbers_of(const Weight *w, int64_t output, const float *
         UNROLLED for (int r = 0; r < rows; r++) sum[r][0] = sum[r][1] = (floats){0};
         for (; i < end; i += 2 * LANES) {
             floats numbers[2];
-            numbers_at(w->codes + begin + i, numbers);
+            numbers_at((const uint8_t *)w->codes + begin + i, numbers);
             UNROLLED for (int r = 0; r < rows; r++) {
                 const unaligned_floats *here = (const unaligned_floats *)(x + r * w->inputs + i);
                 sum[r][0] = multiply_add(numbers[0], here[0], sum[r][0]);
                 sum[r][1] = multiply_add(numbers[1], here[1], sum[r][1]);
             }
         }
-        const floats scale = w->absmax[block] / 127.0f - (floats){0};
+        const floats scale = scale_of(w, block) / 127.0f - (floats){0};
         UNROLLED for (int r = 0; r < rows; r++) total[r] = multiply_add(sum[r][0] + sum[r][1], scale, total[r]);
     }
     UNROLLED for (int r = 0; r < rows; r++) sums[r] = sum_of(total[r]);
@@ -247,10 +257,11 @@ static void multiply(Dot *dot, const Weight *w, const float *x, int64_t rows, vo
     }
 }
 
-/* x [rows, inputs] and y [rows, outputs] of `type`. 1: done. */
+/* x [rows, inputs] and y [rows, outputs] of `type`; nested, levels and offset: as in Weight. 1: done. */
 int lorica_linear_4bit(const void *x, int type, int64_t rows, int64_t inputs, int64_t outputs, const uint8_t *codes,
-                       const float *absmax, const float *codebook, int64_t blocksize, void *y, int threads) {
-    const Weight w = {codes, absmax, codebook, inputs, outputs, __builtin_ctzll(blocksize)};
+                       const void *absmax, const float *codebook, int64_t blocksize, void *y, int threads,
+                       const float *nested, const float *levels, const float *offset) {
+    const Weight w = {codes, absmax, codebook, inputs, outputs, __builtin_ctzll(blocksize), nested, levels, offset};
     float *wide = malloc(4 * rows * inputs);
     load(wide, x, type, 0, rows * inputs);
     threads = inputs * outputs < SMALL ? 1 : threads;
@@ -273,14 +284,100 @@ int lorica_linear_4bit(const void *x, int type, int64_t rows, int64_t inputs, in
 
 /* The same in 8 bits. 0, with nothing done: for other levels than (code - 128) / 127, and for inputs % 32 != 0. */
 int lorica_linear_8bit(const void *x, int type, int64_t rows, int64_t inputs, int64_t outputs, const uint8_t *codes,
-                       const float *absmax, const float *codebook, int64_t blocksize, void *y, int threads) {
-    const Weight w = {codes, absmax, codebook, inputs, outputs, __builtin_ctzll(blocksize)};
+                       const void *absmax, const float *codebook, int64_t blocksize, void *y, int threads,
+                       const float *nested, const float *levels, const float *offset) {
+    const Weight w = {codes, absmax, codebook, inputs, outputs, __builtin_ctzll(blocksize), nested, levels, offset};
     if (inputs % 32) return 0;
     for (int code = 0; code < 256; code++)
         if (codebook[code] != (float)(code - 128) / 127.0f) return 0;
     float *wide = malloc(4 * rows * inputs);
     load(wide, x, type, 0, rows * inputs);
     multiply(dot_numbers, &w, wide, rows, y, type, inputs * outputs < SMALL ? 1 : threads);
+    free(wide);
+    return 1;
+}
+
+/* ------------------------------------------------------------------ with a weight of 16 bits */
+
+/* 2 * LANES elements: of bfloat16 the even ones, then the odd ones; of float16 in order. */
+static INLINE void halves_at(const uint16_t *from, const int type, floats halves[2]) {
+#if SIMD == 512
+    const __m512i words = _mm512_loadu_si512(from);
+    if (type == BFLOAT16) {
+        halves[0] = (floats)_mm512_castsi512_ps(_mm512_slli_epi32(words, 16));
+        halves[1] = (floats)_mm512_castsi512_ps(_mm512_and_si512(words, _mm512_set1_epi32((int)0xffff0000)));
+    } else {
+        halves[0] = (floats)_mm512_cvtph_ps(_mm512_castsi512_si256(words));
+        halves[1] = (floats)_mm512_cvtph_ps(_mm512_extracti64x4_epi64(words, 1));
+    }
+#elif SIMD == 256
+    const __m256i words = _mm256_loadu_si256((const __m256i *)from);
+    if (type == BFLOAT16) {
+        halves[0] = (floats)_mm256_castsi256_ps(_mm256_slli_epi32(words, 16));
+        halves[1] = (floats)_mm256_castsi256_ps(_mm256_and_si256(words, _mm256_set1_epi32((int)0xffff0000)));
+    } else {
+        halves[0] = (floats)_mm256_cvtph_ps(_mm256_castsi256_si128(words));
+        halves[1] = (floats)_mm256_cvtph_ps(_mm256_extracti128_si256(words, 1));
+    }
+#else
+    float values[2 * LANES];
+    load(values, from, type, 0, 2 * LANES);
+    if (type == BFLOAT16) deal_floats(values, 2 * LANES);
+    memcpy(halves, values, sizeof values);
+#endif
+}
+
+/* x: rows of float32, dealt as the elements of the weight are. */
+static INLINE void dot_halves_of(const Weight *w, int64_t output, const float *x, const int rows, const int type,
+                                 float *sums) {
+    const uint16_t *from = (const uint16_t *)w->codes + output * w->inputs;
+    floats total[TILE][2];
+    UNROLLED for (int r = 0; r < rows; r++) total[r][0] = total[r][1] = (floats){0};
+    int64_t i = 0;
+    for (; i + 2 * LANES <= w->inputs; i += 2 * LANES) {
+        floats halves[2];
+        halves_at(from + i, type, halves);
+        UNROLLED for (int r = 0; r < rows; r++) {
+            const unaligned_floats *here = (const unaligned_floats *)(x + r * w->inputs + i);
+            total[r][0] = multiply_add(halves[0], here[0], total[r][0]);
+            total[r][1] = multiply_add(halves[1], here[1], total[r][1]);
+        }
+    }
+    UNROLLED for (int r = 0; r < rows; r++) sums[r] = sum_of(total[r][0] + total[r][1]);
+    for (; i < w->inputs; i++) {
+        const float value = type == BFLOAT16 ? float_of((uint32_t)from[i] << 16) : from_float16(from[i]);
+        for (int r = 0; r < rows; r++) sums[r] += value * x[r * w->inputs + i];
+    }
+}
+
+static void dot_bfloat16(const Weight *w, int64_t output, const float *x, int rows, float *sums) {
+    switch (rows) {
+    case 1: dot_halves_of(w, output, x, 1, BFLOAT16, sums); break;
+    case 2: dot_halves_of(w, output, x, 2, BFLOAT16, sums); break;
+    case 3: dot_halves_of(w, output, x, 3, BFLOAT16, sums); break;
+    default: dot_halves_of(w, output, x, 4, BFLOAT16, sums);
+    }
+}
+
+static void dot_float16(const Weight *w, int64_t output, const float *x, int rows, float *sums) {
+    switch (rows) {
+    case 1: dot_halves_of(w, output, x, 1, FLOAT16, sums); break;
+    case 2: dot_halves_of(w, output, x, 2, FLOAT16, sums); break;
+    case 3: dot_halves_of(w, output, x, 3, FLOAT16, sums); break;
+    default: dot_halves_of(w, output, x, 4, FLOAT16, sums);
+    }
+}
+
+/* x [rows, inputs], weight [outputs, inputs], y [rows, outputs], all of `type`, one of 16 bits. 1: done. */
+int lorica_linear_16bit(const void *x, int type, int64_t rows, int64_t inputs, int64_t outputs, const void *weight,
+                        void *y, int threads) {
+    const Weight w = {.codes = weight, .inputs = inputs, .outputs = outputs};
+    float *wide = malloc(4 * rows * inputs);
+    load(wide, x, type, 0, rows * inputs);
+    if (type == BFLOAT16)
+        for (int64_t r = 0; r < rows; r++) deal_floats(wide + r * inputs, inputs - inputs % (2 * LANES));
+    Dot *dot = type == BFLOAT16 ? dot_bfloat16 : dot_float16;
+    multiply(dot, &w, wide, rows, y, type, inputs * outputs < SMALL ? 1 : threads);
     free(wide);
     return 1;
 }

@@ -1,0 +1,131 @@
+"""Where AdamW's moments will live under `train.optimizer_memory`, and what a step waits for them.
+
+Each moment that is not on the device travels there and back in every step. What comes from a file is timed with a file
+in the run's own folder, or in the nearest one above it that exists, past the kernel's cache; a kernel with memory to
+spare keeps the pages, and then a step waits less. What goes over a GPU's bus is timed where there is the GPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from lorica.config import RunConfig
+from lorica.errors import DoesNotFitError
+from lorica.recipes import console
+from lorica.recipes.doctor import available_memory_bytes
+from lorica.training.paged import LARGEST_PAGE
+from lorica.training.rehearsal import Rehearsal
+from lorica.training.tensor_file import read_into, write_from
+
+_PAGE_BYTES = 8 * LARGEST_PAGE
+_NUM_PAGES = 4
+
+
+@dataclass(frozen=True)
+class Paging:
+    """AdamW's moments by where they live, in bytes; those in the file to within a page.
+
+    Attributes:
+        device_bytes: with the buffers through which the others pass.
+        free_bytes: of the disk on which `folder` is.
+        seconds: that copies take in a step, at most; None where there is no GPU to time its bus.
+    """
+
+    device_bytes: int
+    host_bytes: int
+    file_bytes: int
+    folder: str
+    free_bytes: int
+    seconds: float | None
+
+    @property
+    def fits(self) -> bool:
+        """Whether the disk has the room."""
+        return self.file_bytes <= self.free_bytes
+
+
+def plan_paging(config: RunConfig, device: torch.device, rehearsal: Rehearsal) -> Paging | None:
+    """Where the moments go, and how long they travel in a step; None if all of them are on the device."""
+    if not rehearsal.paged_bytes:
+        return None
+    host, file = split_tiers(config, device, rehearsal.paged_bytes)
+    folder = existing_folder(config)
+    seconds: float | None = _file_seconds(folder) * file / _PAGE_BYTES if file else 0.0
+    if device.type == "cuda":
+        over_bus = _bus_seconds() if torch.cuda.is_available() else None
+        pages = rehearsal.paged_bytes / _PAGE_BYTES
+        seconds = None if over_bus is None or seconds is None else seconds + over_bus * pages
+    on_device = rehearsal.parts.optimizer
+    return Paging(on_device, host, file, str(folder), shutil.disk_usage(folder).free, seconds)
+
+
+def split_tiers(config: RunConfig, device: torch.device, num_bytes: int) -> tuple[int, int]:
+    """Of `num_bytes` that are not on the device: (in host memory, in the file)."""
+    host = min(num_bytes, host_memory(config.train.optimizer_host_memory)) if device.type == "cuda" else 0
+    return host, num_bytes - host
+
+
+def host_memory(given: int | None) -> int:
+    """Most bytes for pages of AdamW's moments in host memory."""
+    return (available_memory_bytes() or 0) // 2 if given is None else given
+
+
+def existing_folder(config: RunConfig) -> Path:
+    """The run's folder, or the nearest above it that exists: it is on the same disk."""
+    folder = Path(config.train.output).absolute()
+    return next(path for path in (folder, *folder.parents) if path.is_dir())
+
+
+def refuse_full_disk(paging: Paging) -> None:
+    """DoesNotFitError if the file finds no room."""
+    if not paging.fits:
+        raise DoesNotFitError(
+            f"AdamW's moments need {console.human_bytes(paging.file_bytes)} of disk beside train.optimizer_memory, and "
+            f"{paging.folder} has {console.human_bytes(paging.free_bytes)}. Free some space, choose a train.output on "
+            "another disk, give more train.optimizer_memory, or set train.optimizer_bits=8."
+        )
+
+
+def _file_seconds(folder: Path) -> float:
+    """To read a page and to write it, by the disk and not by the kernel's cache; the fastest of a few."""
+    page = torch.zeros(_PAGE_BYTES, dtype=torch.uint8)
+    best = float("inf")
+    try:
+        with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
+            for number in range(_NUM_PAGES):
+                begin = time.perf_counter()
+                write_from(file.fileno(), page, number * _PAGE_BYTES)
+                os.fsync(file.fileno())
+                with contextlib.suppress(AttributeError):  # macOS has no such call
+                    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+                read_into(file.fileno(), page, number * _PAGE_BYTES, "the page file")
+                best = min(best, time.perf_counter() - begin)
+    except OSError as error:
+        raise DoesNotFitError(
+            f"AdamW's moments would be paged to {folder}, and a file of {_NUM_PAGES * _PAGE_BYTES >> 20} MiB cannot be "
+            f"written there: {error}. Choose another train.output, or leave train.optimizer_memory out."
+        ) from None
+    return best
+
+
+def _bus_seconds() -> float:
+    """To bring a page from pinned host memory to the GPU and back; the fastest of a few."""
+    host = torch.zeros(_PAGE_BYTES, dtype=torch.uint8, pin_memory=True)
+    slot = torch.empty(_PAGE_BYTES, dtype=torch.uint8, device="cuda")
+    best = float("inf")
+    for _ in range(_NUM_PAGES):
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        slot.copy_(host, non_blocking=True)
+        host.copy_(slot, non_blocking=True)
+        torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - begin)
+    return best
