@@ -25,7 +25,8 @@ A finished run is in the table at once and is not repeated: a second start goes 
 run and domain), hydra-layers.csv (a row a run and layer with heads), hydra-alike.csv (how far A and B of two domains'
 and of two seeds' LoRAs lie apart) and hydra.png. What they say of the paper's claims: `hydra_claims.py`.
 
-What it does not show: anything about other bases and longer training. The LoRA of a domain takes a fifth of the steps.
+What it does not show: anything about other bases and longer training. The LoRA of a domain takes its share of the steps
+alone, and hydra-components looks at some batches before the first step, which are not among the tokens counted.
 """
 
 from __future__ import annotations
@@ -217,7 +218,7 @@ def main() -> None:
     if unknown := set(arms) - ARMS.keys():
         parser.error(f"no such arm: {', '.join(sorted(unknown))}")
     a = arguments
-    name = f"{a.steps}x{a.batch_tokens}-{a.rows}+{a.held_out}-r{a.rank}n{a.heads}"
+    name = f"{Path(a.base).name}-{a.steps}x{a.batch_tokens}-{a.rows}+{a.held_out}-r{a.rank}n{a.heads}"
     folder = a.work / name
     write_mixture(a.data, folder, a.rows, a.held_out)
     threads = max(1, torch.get_num_threads() // a.jobs)

@@ -116,10 +116,11 @@ def draw(results: dict[str, Losses], title: str, file: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser, "qlora", steps=90)
+    parser.add_argument("--arms", type=int, help="only the first so many arms")
     arguments = parser.parse_args()
     experiment = make_experiment(arguments)
-    arms = make_arms(arguments.base, experiment.folder)
-    results = {name: losses_of(experiment.run(name, arm)) for name, arm in arms.items()}
+    arms = list(make_arms(arguments.base, experiment.folder).items())[: arguments.arms]
+    results = {name: losses_of(experiment.run(name, arm)) for name, arm in arms}
     show(results)
     title = f"{arguments.base}, {arguments.steps} steps of {arguments.batch_tokens:,} tokens, {arguments.seeds} seeds"
     draw(results, title, experiment.table.with_suffix(".png"))

@@ -126,8 +126,11 @@ def _agreement_in_words(routing: Routing) -> str:
     agreement = mean(layer.adjusted_nmi for layer in routing.layers.values())
     if agreement is None:
         return "The rows are too few to tell whether heads follow components."
-    number = len(routing.components)
-    return f"Heads follow the {number} components by {agreement:.3f} (adjusted NMI: 0 = as by chance, 1 = wholly)."
+    gates = _text(mean(layer.soft_nmi for layer in routing.layers.values()))
+    return (
+        f"Top heads follow the {len(routing.components)} components by {agreement:.3f} (adjusted NMI: 0 = as by "
+        f"chance, 1 = wholly), the gates themselves by {gates}."
+    )
 
 
 def _of(number: int, layers: Sequence[object]) -> str:
@@ -148,8 +151,8 @@ _COLUMNS: Mapping[str, Callable[[GateSummary], float | None]] = {
     "soft": lambda layer: layer.soft_nmi,
 }
 _TITLES = ["layers of", "number", *_COLUMNS, "head cosine"]
-_EXPLAINED = """Means over layers; `routing.json` has each layer. Heads are numbered from 0, in each layer anew, so
-none is averaged over layers.
+_EXPLAINED = """Means over layers; `routing.json` has each layer. Heads are numbered from 0 in each layer by
+itself, so none is averaged over layers.
 
 - busiest head, idlest head: the largest and the smallest mean gate of a head.
 - on top: the share of tokens on which the head that wins most often has the largest gate.

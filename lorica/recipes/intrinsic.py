@@ -168,8 +168,8 @@ def _encoder(config: RunConfig, found: Components) -> Encode | None:
 def _check_heads(options: HydraLoRA, num: int, path: str | Path | None) -> None:
     if options.init == COMPONENTS and options.num_heads not in (AUTO, num):
         raise ConfigError(
-            f"method.num_heads is {options.num_heads}, and {path} has {_number(num, 'component')}: init components starts each "
-            "head from one of them. Set method.num_heads=auto, or leave out method.components."
+            f"method.num_heads is {options.num_heads}, and {path} has {_number(num, 'component')}: init components "
+            "starts each head from one of them. Set method.num_heads=auto, or leave out method.components."
         )
 
 

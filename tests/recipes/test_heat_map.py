@@ -80,7 +80,7 @@ def test_collapse_is_said_in_words() -> None:
         # 0.3 / 0.4 / 0.3 has 0.991 of log 3.
         "The gates of a token are nearly even in 2 of 4 layers: there the router decides next to nothing.",
     ]
-    assert len(found) == 4 and found[3].startswith("Heads follow the 2 components by 0.")
+    assert len(found) == 4 and found[3].startswith("Top heads follow the 2 components by 0.")
     same = in_words(routing(layers, ["law", "code"], cosine=0.999))
     assert same[3] == "All heads are alike, with cosines above 0.99, in 4 of 4 layers."
 
@@ -89,7 +89,8 @@ def test_what_has_not_collapsed_is_not_complained_about() -> None:
     fine = {"layers.0.q": SORTED}
     assert in_words(routing(fine, ["law", "code"])) == [
         "No head has collapsed: each is on top now and then in every layer, and none has nearly all of the gates.",
-        "Heads follow the 2 components by 1.000 (adjusted NMI: 0 = as by chance, 1 = wholly).",
+        "Top heads follow the 2 components by 1.000 (adjusted NMI: 0 = as by chance, 1 = wholly), the gates themselves "
+        "by 1.000.",
     ]
     few = {"layers.0.q": summarize_gates(gate_sums(torch.eye(2), torch.tensor([0, 1]), 2), num_samples=0)}
     assert in_words(routing(few, ["law", "code"]))[1].startswith("The rows are too few")

@@ -140,7 +140,7 @@ def test_each_evaluation_has_the_means_and_the_console_shows_them(
 
 def test_the_report_has_table_words_and_picture(run: Path) -> None:
     page = (run / "report.md").read_text(encoding="utf-8")
-    assert "What the routers of 14 layers do on the 13 evaluation rows." in page and "Heads follow the 2" in page
+    assert "What the routers of 14 layers do on the 13 evaluation rows." in page and "Top heads follow the 2" in page
     assert "| mlp.down_proj | 2 |" in page and "| all | 14 |" in page and "![Loss and learning rate]" in page
     assert "![Mean gates by layer, head and component](routing.png)" in page
     assert (run / "routing.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
@@ -259,7 +259,7 @@ def test_eval_shows_the_table_on_the_same_rows(run: Path, capsys: pytest.Capture
         assert layer.mean_gates == pytest.approx(written["layers"][name]["mean_gates"], abs=1e-6)
     assert json.loads((run / "evaluation.json").read_text())["routing"]["layers"].keys() == written["layers"].keys()
     out = capsys.readouterr().out
-    assert "Routing on 13 rows of" in out and "Heads follow the 2 components" in out
+    assert "Routing on 13 rows of" in out and "Top heads follow the 2 components" in out
 
 
 def test_compare_shows_the_means_of_those_that_have_them(
