@@ -109,10 +109,7 @@ def read_folder(folder: str | Path) -> AdapterFolder:
 def read_labels(folder: Path) -> tuple[str, ...]:
     """A classifier's classes by id; of PEFT's own folders, which do not name them, as transformers counts them."""
     if (folder / PROOF).is_file():
-        try:
-            return tuple(map(str, read_json_object(folder / PROOF).get("labels", ())))
-        except (OSError, ValueError) as error:
-            raise AdapterError(str(error)) from None
+        return tuple(map(str, _read_notes(folder).get("labels", ())))
     if read_config(folder).get("task_type") != CLASSIFICATION.peft_name:
         return ()
     with open_weights(folder) as file:
@@ -137,17 +134,26 @@ def read_proof(folder: Path) -> Proof:
     Raises:
         AdapterError: a hash is not that of its file.
     """
-    if not (folder / PROOF).is_file():
-        return Proof()
-    try:
-        proof = read_json_object(folder / PROOF)
-    except (OSError, ValueError) as error:
-        raise AdapterError(str(error)) from None
+    proof = _read_notes(folder)
     for name, digest in dict(proof.get("sha256", {})).items():
         if name in (WEIGHTS, CONFIG) and (folder / name).is_file() and sha256(folder / name) != digest:
             raise AdapterError(f"{folder / name} is damaged: its SHA-256 is not the one in {PROOF}.")
     expected, quant = (None if proof.get(k) is None else str(proof[k]) for k in ("base_fingerprint", "base_quant"))
     return Proof(expected, tuple(map(str, proof.get("replaced", ()))), quant)
+
+
+def read_base_quant(folder: Path) -> str | None:
+    """The only format of the base that the adapter in `folder` fits, as in `AdapterFolder`; no file is hashed."""
+    quant = _read_notes(folder).get("base_quant")
+    return None if quant is None else str(quant)
+
+
+def _read_notes(folder: Path) -> dict[str, Any]:
+    """`lorica.json`; empty where PEFT wrote the folder."""
+    try:
+        return read_json_object(folder / PROOF) if (folder / PROOF).is_file() else {}
+    except (OSError, ValueError) as error:
+        raise AdapterError(str(error)) from None
 
 
 def open_weights(folder: Path) -> Any:

@@ -22,7 +22,7 @@ from lorica.errors import AdapterError, ConfigError
 from lorica.files import read_json_object
 from lorica.interop.folder import CONFIG as ADAPTER_CONFIG
 from lorica.interop.folder import WEIGHTS as ADAPTER_WEIGHTS
-from lorica.interop.folder import read_labels, read_proof
+from lorica.interop.folder import read_base_quant, read_labels
 from lorica.interop.peft import load_adapter
 from lorica.models.load import load_config as load_base_config
 from lorica.models.load import load_model, load_tokenizer
@@ -193,7 +193,7 @@ def _named_base(folder: Path, overrides: Sequence[str]) -> list[str]:
             f"{folder / ADAPTER_CONFIG}: base_model_name_or_path is {said['model.base']!r}, so the base is not known. "
             "Say which it is: model.base=FOLDER."
         )
-    if quant := read_proof(folder).base_quant:
+    if quant := read_base_quant(folder):
         scheme, _, nested = quant.partition(", ")
         named += [f"model.quant={dump_value(scheme)}", f"model.double_quant={dump_value(bool(nested))}"]
     return named
