@@ -6,9 +6,9 @@ From the four architectures alone: no weights, no data, no GPU, no network. A st
 The paper (arXiv 2305.14314) gives totals in Figure 6, for a batch of one sequence of 512 tokens, and of the 7B model in
 Section 3 the base, 5,048 MB, and LoRA weights "equivalent to commonly used 0.2 %" of the parameters: 26 MB, which are
 0.2 % of 6.74 G in two bytes. Its totals are those of the LoRA that Section 4 trains, r = 64 on all linear layers, 24
-times as many: base and 12 bytes for each of these, 2 of weights, 2 of gradients and 8 of moments, come within 1.1 to
-1.4 GB of all four. What it gives up: those 1.1 to 1.4 GB are not ours to know. 32-bit embeddings and the CUDA context
-are of that size.
+times as many: base and 12 bytes for each of these, 2 of weights, 2 of gradients and 8 of moments, come within 0.9 to
+1.4 GB of all four. What it gives up: that rest is not ours to know; 32-bit embeddings and the CUDA context are of that
+size. And the reading of the 26 MB and of the rank is an inference from these sums.
 """
 
 from __future__ import annotations
