@@ -187,7 +187,7 @@ class AdaLoraLinear(Adapter):
         y = self.base(rows)
         h = linear(F.dropout(rows, self.dropout, self.training), self.lora_a)
         h = h * self.lora_e.flatten().to(h.dtype)
-        return add_low_rank(y, h, self.lora_b, self.scale).view(*x.shape[:-1], -1)
+        return add_low_rank(y, h, self.lora_b, self.scale).view(*x.shape[:-1], y.shape[-1])
 
     def auxiliary_loss(self) -> Tensor | None:
         """|P^T P - 1|^2 + |Q Q^T - 1|^2, weighted."""

@@ -164,7 +164,7 @@ class DoraLinear(DoraAdapter):
         rows, gain = x.reshape(-1, x.shape[-1]), self.gain()
         y = _times_gain(self.base(rows), self.base.bias, gain)
         h = linear(F.dropout(rows, self.dropout, self.training), self.lora_a)
-        return add_low_rank(y, h, gain[:, None] * self.lora_b, self.scale).view(*x.shape[:-1], -1)
+        return add_low_rank(y, h, gain[:, None] * self.lora_b, self.scale).view(*x.shape[:-1], y.shape[-1])
 
     @torch.no_grad()
     def merged(self) -> nn.Module:

@@ -253,7 +253,7 @@ class LoraLinear(LoraAdapter):
         if added is not None:
             y = y.add_(added.to(y.dtype))
         h = linear(F.dropout(rows, self.dropout, self.training), lora_a)
-        return add_low_rank(y, h, lora_b, self.scale).view(*x.shape[:-1], -1)
+        return add_low_rank(y, h, lora_b, self.scale).view(*x.shape[:-1], y.shape[-1])
 
     def merged(self) -> nn.Module:
         delta = self.delta_weight()

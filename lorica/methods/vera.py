@@ -161,7 +161,7 @@ class VeraLinear(Adapter):
         y = self.base(rows)
         h = linear(F.dropout(rows, self.dropout, self.training), self.shared_a[:, : self.in_size])
         h = h * self.vera_lambda_d.to(h.dtype)
-        return add_low_rank(y, h, self.scaled_b(), 1.0).view(*x.shape[:-1], -1)
+        return add_low_rank(y, h, self.scaled_b(), 1.0).view(*x.shape[:-1], y.shape[-1])
 
     @torch.no_grad()
     def merged(self) -> nn.Module:

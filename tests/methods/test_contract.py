@@ -234,3 +234,10 @@ def test_saved_tensors_are_the_adapters_own_and_have_the_shapes_that_are_foretol
 
 def test_the_method_is_found_by_its_name(options: MethodOptions) -> None:
     assert method_options(options.method_name()) is type(options)
+
+
+@pytest.mark.parametrize("name", ["lora", "dora", "vera", "adalora", "hydra"])
+def test_no_rows_are_no_error(name: str) -> None:
+    """As an expert without tokens is called."""
+    model = lorica.adapt(nn.Sequential(nn.Linear(8, 6)), method_options(name)(targets=("0",)))
+    assert [model(torch.zeros(shape)).shape for shape in ((0, 8), (2, 0, 8))] == [(0, 6), (2, 0, 6)]
