@@ -16,8 +16,9 @@ lint: .venv/ready
 	$(BIN)/ruff format --check lorica tests
 	$(BIN)/mypy
 
+# As in: make bench BENCH="--quick --only step"
 bench: .venv/ready
-	$(BIN)/python benchmarks/train_step.py
+	$(BIN)/python benchmarks/bench.py $(BENCH)
 
 # torch first and by its exact version: a range could draw a newer release with gigabytes of CUDA packages.
 .venv/ready: pyproject.toml constraints.txt

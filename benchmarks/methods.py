@@ -30,6 +30,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from floor import commit, processor
+
 import lorica
 from lorica.assets.handbook import write_handbook
 from lorica.config import load_config
@@ -198,11 +200,8 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
 
 
 def append(file: Path, rows: list[dict[str, Any]], columns: Sequence[str] = COLUMNS) -> None:
-    from train_step import processor
-
-    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
-    common = {"date": time.strftime("%Y-%m-%d"), "commit": commit, "machine": f"{processor()}, {os.cpu_count()} cores"}
+    machine = f"{processor()}, {os.cpu_count()} cores"
+    common = {"date": time.strftime("%Y-%m-%d"), "commit": commit(), "machine": machine}
     fresh = not file.exists()
     file.parent.mkdir(exist_ok=True)
     with file.open("a", newline="") as handle:

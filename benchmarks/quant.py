@@ -30,8 +30,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from floor import commit, processor
 from torch.nn import functional as F
-from train_step import processor
 
 from lorica.kernels import cpu, nf4_dequantize, nf4_linear, nf4_quantize
 from lorica.kernels.linear import cpu_computes, linear
@@ -112,9 +112,7 @@ class Table:
     def save(self) -> None:
         file = Path(__file__).parent / "results" / "quant.csv"
         fresh = not file.exists()
-        git = ["git", "-C", str(file.parent), "rev-parse", "--short", "HEAD"]
-        commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
-        common = (time.strftime("%Y-%m-%d"), commit, processor(), torch.get_num_threads())
+        common = (time.strftime("%Y-%m-%d"), commit(), processor(), torch.get_num_threads())
         with file.open("a", newline="") as handle:
             writer = csv.writer(handle)
             writer.writerows([HEAD] if fresh else [])

@@ -22,9 +22,6 @@ from typing import Any
 from train_step import SHAPES, prepare_lorica, prepare_peft, resident_bytes
 
 SHAPES |= {
-    # Llama-3.2-1B.
-    "1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
-           "num_key_value_heads": 8, "head_dim": 64, "vocab_size": 128256, "tie_word_embeddings": True},
     "warm-up": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 1,
                 "num_key_value_heads": 1, "vocab_size": 256, "tie_word_embeddings": True},
 }  # fmt: skip
@@ -68,11 +65,11 @@ def train(side: str, folder: Path, dtype: str, steps: int, samples: int, length:
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(0, model.config.vocab_size, (samples, length), generator=generator)
     prepare = prepare_lorica if side.startswith("lorica") else prepare_peft
-    step = prepare(model, ids, "all-linear")
+    step = prepare(model)
     losses, seconds = [], []
     for _ in range(steps):
         begin = time.perf_counter()
-        losses.append(step())
+        losses.append(step(ids))
         seconds.append(time.perf_counter() - begin)
     # A single step is counted as it is; of several the first warms up.
     return {"seconds": seconds[1:] or seconds, "losses": losses}

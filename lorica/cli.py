@@ -8,6 +8,7 @@ and 2 for a command line that cannot be parsed. It gives up rich's help pages, w
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 import os
 import sys
@@ -67,6 +68,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options, rest = words[:end], words[end:]
     with_traceback = "--traceback" in options or os.environ.get("LORICA_TRACEBACK", "0") not in ("", "0")
     words = [word for word in options if word != "--traceback"] + rest
+    if arguments is None:
+        # What is imported stays. Looking through it for garbage, at the start and again at the end, takes a second.
+        gc.disable()
     try:
         code = app(args=words, prog_name="lorica", standalone_mode=False)
         if code == 130:
@@ -81,6 +85,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if with_traceback and not isinstance(error, SystemExit):
             traceback.print_exc()
         return _report(error, as_json="--json" in options)
+    finally:
+        gc.enable()
 
 
 if TYPE_CHECKING:
@@ -130,6 +136,9 @@ def _outcome(error: BaseException) -> tuple[int, str]:
 
 def _finish(as_json: bool, recipe: Callable[[], object]) -> Any:
     """Run the recipe; under --json its prints go to stderr and its result to stdout."""
+    if not gc.isenabled():
+        gc.freeze()
+        gc.enable()
     if not as_json:
         return recipe()
     from lorica.recipes.console import print_json
@@ -549,12 +558,12 @@ def adapter_convert(
 def adapter_static(
     run: Run,
     output: Output,
-    rows: Annotated[str, typer.Option(help="Data like the run's: half for the means, half to measure.")],
+    rows: Annotated[str, typer.Option(help="Data like the run's: half to weight the heads, half to measure.")],
     overrides: Overrides = None,
     stacked: Annotated[bool, typer.Option("--stacked", help="Keep the heads apart, in num_heads x the rank.")] = False,
     json: Json = False,
 ) -> None:
-    """Write a HydraLoRA as plain LoRA, with mean gates."""
+    """Write a HydraLoRA as plain LoRA, its heads weighted once for all."""
     from lorica.recipes.static import static_merge
 
     _finish(json, lambda: static_merge(run, output, rows, stacked=stacked, overrides=overrides or []))

@@ -115,8 +115,9 @@ class ModelConfig(_Section):
         default="auto",
         description="number format of the base's weights; auto: as stored, where this machine computes it well",
     )
-    quant: Literal["nf4"] | None = Field(
-        default=None, description="quantise the frozen weights of linear layers to 4 bits while they are read (QLoRA)"
+    quant: Literal["nf4", "fp4"] | None = Field(
+        default=None,
+        description="quantise the frozen weights of linear layers to 4 bits while they are read; nf4 is QLoRA's",
     )
     double_quant: bool = Field(
         default=True, description="with quant: quantise the scales too, 4.13 bits instead of 4.5"
@@ -434,7 +435,16 @@ def _keys(known: _Sections) -> dict[str, list[str]]:
 
 
 def _unknown(known: _Sections, section: str, key: str) -> str:
+    if section == "method" and (owners := _methods_with(key)):
+        has = ", ".join(_keys(known)[section])
+        return f"unknown key for this method, which has {has}; it belongs to {', '.join(owners)}"
     return f"unknown key{hint(_keys(known), section, key)}"
+
+
+def _methods_with(key: str) -> list[str]:
+    from lorica.methods.method import method_names, method_options, option_fields
+
+    return [name for name in method_names() if key in option_fields(method_options(name)).model_fields]
 
 
 def _known_keys(value: Any, known: _Sections) -> dict[str, dict[str, Any]]:

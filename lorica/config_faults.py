@@ -7,7 +7,7 @@ Apart from config.py because that file is read for the fields. The names of othe
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, get_args
 
 from lorica.strict_yaml import dump_value
@@ -70,24 +70,30 @@ def hint(sections: Mapping[str, Sequence[str]], section: str, key: str) -> str:
     """The end of an "unknown key" message: "; did you mean ...?", or what the section has.
 
     `sections` maps section names to their keys. Tried in this order: a near miss in the section ("" = the top level),
-    the same name in another one, another tool's name, a looser match in the section, a near miss anywhere.
+    the same name in another one, another tool's name, a near miss anywhere. What is less near is no answer: `rank` is
+    nearer to `train` than to anything else where a method has no rank.
     """
     here = list(sections[section]) if section else list(sections)
     places: dict[str, list[str]] = {}
     for name, keys in sections.items():
         for field in keys:
             places.setdefault(field, []).append(f"{name}.{field}")
-    if near := difflib.get_close_matches(key, here, n=1, cutoff=0.75):
-        return f"; did you mean {near[0]!r}?"
+    if near := _near(key, here):
+        return f"; did you mean {near!r}?"
     if key in places:
         return f"; did you mean {' or '.join(places[key])}?"
     if key.lower() in _FOREIGN:
         return f"; did you mean {_FOREIGN[key.lower()]}?"
-    if near := difflib.get_close_matches(key, here, n=1):
-        return f"; did you mean {near[0]!r}?"
-    if near := difflib.get_close_matches(key, places, n=1):
-        return f"; did you mean {' or '.join(places[near[0]])}?"
+    if near := _near(key, places):
+        return f"; did you mean {' or '.join(places[near])}?"
     return f"; {section or 'the file'} has {', '.join(here)}"
+
+
+def _near(key: str, names: Iterable[str]) -> str | None:
+    """The one of `names` that differs from `key` by a slip or two, or that `key` is the beginning of."""
+    close = difflib.get_close_matches(key.lower(), names, n=1, cutoff=0.75)
+    longer = [name for name in names if len(key) > 2 and name.startswith(key.lower())]
+    return next(iter([*close, *longer]), None)
 
 
 def reason(detail: Mapping[str, Any], annotation: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
@@ -317,3 +318,21 @@ def test_a_warning_is_one_line_without_a_place_in_the_source(
     monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
     assert main(["--help"]) == 0
     assert warnings.formatwarning("no compiler", RuntimeWarning, "build.py", 30) == "warning: no compiler\n"
+
+
+def test_what_a_command_imports_is_no_garbage(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a process of its own only; a recipe's own garbage is collected, and so is that of a program that calls us."""
+    seen: list[tuple[bool, bool]] = []
+
+    def recipe() -> SimpleNamespace:
+        seen.append((gc.isenabled(), gc.get_freeze_count() > 0))
+        return SimpleNamespace(ok=True)
+
+    monkeypatch.setitem(sys.modules, "lorica.recipes.doctor", SimpleNamespace(doctor=recipe))
+    monkeypatch.setattr(sys, "argv", ["lorica", "doctor"])
+    gc.unfreeze()
+    try:
+        assert main(["doctor"]) == 0 and main() == 0
+    finally:
+        gc.unfreeze()
+    assert seen == [(True, False), (True, True)] and gc.isenabled()

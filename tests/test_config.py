@@ -240,7 +240,7 @@ def test_all_faults_of_file_and_command_line_at_once(write: Write) -> None:
 
 
 def test_choices_beside_null_are_named_as_yaml_has_them() -> None:
-    with pytest.raises(ConfigError, match=r"model\.quant: must be one of nf4, null, got text 'nf5'; did you mean nf4"):
+    with pytest.raises(ConfigError, match=r"model\.quant: must be one of nf4, fp4, null, got text 'nf5'; did you"):
         load_config(None, ["model.base=base", "data.train=rows.jsonl", "model.quant=nf5"])
 
 
@@ -259,11 +259,27 @@ def test_choices_beside_null_are_named_as_yaml_has_them() -> None:
         ("seed", "train.seed"),
         ("data.maxlength", "'max_length'"),
         ("train.max_lenght", "data.max_length"),
+        ("rank", "method.rank"),
+        ("model.rank", "method.rank"),
+        ("method.ranks", "'rank'"),
+        ("data.warm", "train.warmup"),
+        ("train.save", "'save_every'"),
     ],
 )
 def test_did_you_mean(key: str, meant: str) -> None:
     (fault,) = faults_of(None, *SMALLEST, f"{key}=1")
     assert f"command line: {key}: unknown key; did you mean {meant}?" == fault
+
+
+def test_a_key_of_another_method_is_no_typing_error(write: Write) -> None:
+    """`rank` is nearer to `train` than to any other key where the method has none."""
+    path = write("model: {base: a}\ndata: {train: b}\nrank: 8\nmethod:\n  name: ia3\n  rank: 8\n")
+    top, inner = faults_of(path)
+    assert top == "run.yaml:3: rank: unknown section; the file has model, method, data, train, eval"
+    assert inner.startswith("run.yaml:6: method.rank: unknown key for this method, which has name, targets, ")
+    assert "; it belongs to adalora, dora, hydra, " in inner
+    (given,) = faults_of(None, *SMALLEST, "method.name=ia3", "method.rank=8")
+    assert given == inner.replace("run.yaml:6", "command line")
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ Legend: n rows, d features of a row, k groups. `present` [n, buckets] is a spars
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,8 @@ MIN_ROWS, MIN_SHARE = 10, 0.03
 # once on pairs of corpora and on halves of single ones, see docs/components.md.
 _OVERLAP_AT_1, _OVERLAP_PER_LOG = -0.08, 0.126
 _PICKED_OVERLAP = 0.5
+# Groups with next to nothing between them may overlap somewhat more: two kinds of English prose share their grammar.
+_GAP, _GAP_ALLOWANCE = 0.25, 1.15
 _MOST_PARTS = 6
 
 
@@ -90,8 +93,12 @@ def unit(rows: Floats) -> Floats:
 def kmeans(points: Floats, num: int, seed: int) -> Ints:
     """Labels [n] of the best of four runs of k-means from k-means++ starts."""
     from sklearn.cluster import KMeans
+    from sklearn.exceptions import ConvergenceWarning
 
-    labels: Ints = KMeans(num, n_init=4, random_state=seed).fit_predict(points).astype(np.int64)
+    with warnings.catch_warnings():
+        # Rows that are equal up to rounding make fewer groups than are asked for.
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        labels: Ints = KMeans(num, n_init=4, random_state=seed).fit_predict(points).astype(np.int64)
     return labels
 
 
@@ -109,15 +116,15 @@ def dbscan(points: Floats, present: csr_matrix, seed: int) -> Ints:
     labels: Ints = DBSCAN(eps=radius, min_samples=num).fit_predict(points).astype(np.int64)
     inside = np.flatnonzero(labels >= 0)
     if len(inside):
-        labels[inside] = _joined(present[inside], labels[inside], seed)[0]
+        labels[inside] = _joined(present[inside], points[inside], labels[inside], seed)[0]
     return labels
 
 
-def _joined(present: csr_matrix, labels: Ints, seed: int) -> tuple[Ints, float]:
+def _joined(present: csr_matrix, points: Floats, labels: Ints, seed: int) -> tuple[Ints, float]:
     """Labels after joining the two groups that overlap most until none is over the limit; the overlap that is left."""
     labels = labels.copy()
     while labels.max() > 0:
-        shared = overlaps(present, labels, seed)
+        shared = overlaps(present, labels, seed) / np.where(between(points, labels) < _GAP, _GAP_ALLOWANCE, 1)
         if shared.max() <= 1:
             return labels, float(shared.max())
         first, second = (place[shared.argmax()] for place in np.triu_indices(int(labels.max()) + 1, 1))
@@ -166,7 +173,7 @@ def _best_split(
     for num in range(2, most + 1):
         # Where sizes differ much, k-means cuts the large groups first; what is left after joining them again has been
         # picked out of many groups, so more is asked of it.
-        labels, ratio = _joined(inside, kmeans(points, num, seed), seed)
+        labels, ratio = _joined(inside, points, kmeans(points, num, seed), seed)
         if (
             labels.max() > 0
             and (labels.max() == num - 1 or ratio <= _PICKED_OVERLAP)
@@ -201,6 +208,25 @@ def overlaps(present: csr_matrix, labels: Ints, seed: int) -> Floats:
     first, second = np.triu_indices(num, 1)
     shared: Floats = (between / np.sqrt(np.outer(within, within)) / limits)[first, second]
     return shared
+
+
+def between(points: Floats, labels: Ints) -> Floats:
+    """How dense the rows lie halfway between each two of k groups, as a share of that at the centres: [k (k - 1) / 2].
+
+    Seen along the line through both centres, a group counting as much as the other: 0 is a gap, and a single cloud that
+    was cut in two has its most rows there.
+    """
+    middles = centres(points, labels)
+    found = []
+    for first, second in zip(*np.triu_indices(len(middles), 1), strict=True):
+        inside = (labels == first) | (labels == second)
+        line = (middles[first] - middles[second]) / 2
+        # The centres are at 1 and -1.
+        places = (points[inside] - middles[second] - line) @ line / max(float(line @ line), 1e-12)
+        weights = 1 / np.bincount(labels)[labels[inside]]
+        here, one, other = (weights[np.abs(places - at) < 0.25].sum() for at in (0, 1, -1))
+        found.append(here / max(min(one, other), 1e-12))
+    return np.array(found)
 
 
 def judge(points: Floats, max_components: int, seed: int) -> list[Criterion]:

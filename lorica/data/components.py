@@ -16,17 +16,20 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from lorica.data import clustering
 from lorica.data.clustering import Criterion, Floats, Ints
-from lorica.data.features import counts, top_terms
+from lorica.data.features import NUM_BUCKETS, counts, top_terms
 from lorica.errors import ConfigError, DataError
 
+if TYPE_CHECKING:
+    from scipy.sparse import csr_matrix
+
 SAMPLE_ROWS = 6_000
-_BATCH_ROWS = 1_024
+_BATCH_ROWS = 512
 _SHOWN_ROWS, _TERM_ROWS, _MAP_ROWS = 3, 1_000, 2_000
 _VERSION = 1
 
@@ -117,7 +120,7 @@ class Components:
             content = json.loads(text)
             if content["version"] != _VERSION:
                 raise ValueError(f"version {content['version']} is not known")
-            return cls(
+            found = cls(
                 np.array(content["labels"], np.int64),
                 tuple(content["sizes"]),
                 tuple(Criterion(**criterion) for criterion in content["criteria"]),
@@ -131,10 +134,28 @@ class Components:
                 np.empty((0, 2)),
                 np.empty(0, np.int64),
             )
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            found._check()
+            return found
+        except (ValueError, KeyError, TypeError, RecursionError, OverflowError) as error:
             raise DataError(
                 f"not components as `lorica components` writes them: {type(error).__name__}: {error}"
             ) from None
+
+    def _check(self) -> None:
+        """ValueError where parts do not fit one another: a file may be cut, edited, or of something else."""
+        num, width = self.centres.shape
+        if num < 1 or {len(part) for part in (self.sizes, self.terms, self.typical, self.reach)} != {num}:
+            raise ValueError(f"sizes, terms, typical rows and reach are not those of {num} centres")
+        if self.labels.ndim != 1 or not -1 <= self.labels.min(initial=0) <= self.labels.max(initial=0) < num:
+            raise ValueError(f"labels are not numbers from 0 to {num - 1}, or -1")
+        if not all(isinstance(term, str) for terms in self.terms for term in terms):
+            raise ValueError("terms are not words")
+        if self.settings["features"] not in ("tfidf", "hidden") or self.settings["method"] not in ("kmeans", "dbscan"):
+            raise ValueError(f"settings {self.settings} are not known")
+        if self.shape.shape != (width,) or (self.settings["features"] == "tfidf" and width != NUM_BUCKETS):
+            raise ValueError(f"centres have {width} features, which are not those of these settings")
+        if not all(np.isfinite(part).all() for part in (self.centres, self.shape, self.reach)):
+            raise ValueError("some numbers are not finite")
 
 
 def find_components(
@@ -156,40 +177,9 @@ def find_components(
         DataError: there is no text, or fewer different ones than `num`.
         ConfigError: an argument that cannot be meant.
     """
-    if (num is not None and num < 1) or max_components < 1 or seed < 0:
-        raise ConfigError(
-            f"num is {num}, max_components {max_components} and seed {seed}; wanted are 1 or more, or None for num, "
-            "1 or more, and 0 or more."
-        )
-    if method == "dbscan" and num is not None:
-        raise ConfigError("DBSCAN finds the number itself; leave num out, or take method='kmeans'.")
-    if isinstance(features, str) and features != "tfidf":
-        raise ConfigError(f"features are {features!r}; 'tfidf' or a function from texts to arrays is wanted.")
+    _check_arguments(features, method, num, max_components, seed)
     encode = None if isinstance(features, str) else features
     places, sample, num_rows = _draw(texts, seed)
-    table = counts(sample)
-    present = table.copy()
-    present.data[:] = 1
-    raw = table if encode is None else _encoded(sample, encode)
-    shape = _halved(clustering.idf(table) if encode is None else raw.mean(0))
-    rows = _compared(raw, shape)
-
-    def embed(inside: Ints) -> Floats:
-        part = raw[inside]
-        return clustering.embed(part if encode is not None else clustering.weigh(part, clustering.idf(part)), seed)
-
-    points = embed(np.arange(len(sample)))
-    num_different = len(np.unique(points.round(6), axis=0))
-    if num is not None and num > num_different:
-        raise DataError(f"{num} components are wanted, but the rows differ in {num_different} ways only.")
-    criteria = clustering.judge(points, max_components, seed)
-    labels = clustering.divide(present, embed, max_components=max_components, seed=seed)
-    chosen = {**clustering.choices(criteria), "overlap": int(labels.max()) + 1}
-    if method == "dbscan":
-        labels = clustering.dbscan(points, present, seed)
-        chosen["dbscan"] = int(labels.max()) + 1
-    elif num is not None:
-        labels = clustering.kmeans(points, num, seed)
     settings = {
         "features": "tfidf" if encode is None else "hidden",
         "method": method,
@@ -198,30 +188,97 @@ def find_components(
         "seed": seed,
         "sampled_rows": len(sample),
     }
-    labels = _largest_first(labels)
-    centres = _halved(clustering.unit(clustering.centres(rows, labels)))
-    cosines = rows @ centres.T
-    # Farther out than 98 % of a component's own rows is noise.
-    reach = _halved(np.array([np.quantile(cosines[labels == label, label], 0.02) for label in range(len(centres))]))
-    flat = _flat(points, labels)[:_MAP_ROWS]
-    found = Components(
-        labels, (), tuple(criteria), chosen, (), (), settings, centres, shape, reach, flat, labels[:_MAP_ROWS]
-    )
-    labels = found._nearest(rows)
-    groups = [np.flatnonzero(labels == label) for label in range(len(centres))]
+    table = _counted(sample)
+    raw = table if encode is None else _encoded(sample, encode)
+    found = _with_centres(raw, _grouped(raw, table, settings), settings)
+    groups = [np.flatnonzero(found.labels == label) for label in range(len(found.centres))]
     terms = top_terms([[sample[row] for row in group[:_TERM_ROWS]] for group in groups])
-    typical = [g[np.argsort(-cosines[g, label], kind="stable")][:_SHOWN_ROWS] for label, g in enumerate(groups)]
-    everything = labels
+    labels = found.labels
     if num_rows > len(sample):
-        everything = np.concatenate([found._nearest(found._rows(batch, encode)) for batch in _batches(texts)])
+        labels = np.concatenate([found._nearest(found._rows(batch, encode)) for batch in _batches(texts)])
+    sizes = np.bincount(labels[labels >= 0], minlength=len(groups))
+    order = np.argsort(-sizes, kind="stable")
     return replace(
         found,
-        labels=everything,
-        sizes=tuple(int((everything == label).sum()) for label in range(len(centres))),
-        terms=tuple(tuple(words) for words in terms),
-        typical=tuple(tuple(int(places[row]) for row in rows_of) for rows_of in typical),
-        point_labels=labels[:_MAP_ROWS],
+        labels=_numbered(labels, order),
+        sizes=tuple(sizes[order].tolist()),
+        terms=tuple(tuple(terms[label]) for label in order),
+        typical=tuple(tuple(places[list(found.typical[label])].tolist()) for label in order),
+        centres=found.centres[order],
+        reach=found.reach[order],
+        point_labels=_numbered(found.point_labels, order),
     )
+
+
+def _check_arguments(features: object, method: str, num: int | None, max_components: int, seed: int) -> None:
+    if (num is not None and num < 1) or max_components < 1 or seed < 0:
+        raise ConfigError(
+            f"num is {num}, max_components {max_components} and seed {seed}; wanted are 1 or more, or None for num, "
+            "1 or more, and 0 or more."
+        )
+    if method not in ("kmeans", "dbscan"):
+        raise ConfigError(f"method is {method!r}; 'kmeans' or 'dbscan' is wanted.")
+    if method == "dbscan" and num is not None:
+        raise ConfigError("DBSCAN finds the number itself; leave num out, or take method='kmeans'.")
+    if isinstance(features, str) and features != "tfidf":
+        raise ConfigError(f"features are {features!r}; 'tfidf' or a function from texts to arrays is wanted.")
+
+
+@dataclass(frozen=True)
+class _Groups:
+    """Of a sample: labels [n], its rows as points [n, d], and what the criteria say."""
+
+    labels: Ints
+    points: Floats
+    criteria: tuple[Criterion, ...]
+    choices: dict[str, int]
+
+
+def _grouped(raw: Any, table: csr_matrix, settings: dict[str, Any]) -> _Groups:
+    """The groups of the rows with the features `raw`, whose terms are counted in `table`; -1 for noise."""
+    num, most, seed = settings["num"], settings["max_components"], settings["seed"]
+    present = table.copy()
+    present.data[:] = 1
+
+    def embed(inside: Ints) -> Floats:
+        part = raw[inside]
+        is_model = isinstance(part, np.ndarray)
+        return clustering.embed(part if is_model else clustering.weigh(part, clustering.idf(part)), seed)
+
+    points = embed(np.arange(table.shape[0]))
+    num_different = len(np.unique(points.round(6), axis=0))
+    if num is not None and num > num_different:
+        raise DataError(f"{num} components are wanted, but the rows differ in {num_different} ways only.")
+    criteria = clustering.judge(points, most, seed)
+    labels = clustering.divide(present, embed, max_components=most, seed=seed)
+    choices = {**clustering.choices(criteria), "overlap": int(labels.max()) + 1}
+    if settings["method"] == "dbscan":
+        labels = clustering.dbscan(points, present, seed)
+        choices["dbscan"] = int(labels.max()) + 1
+        # If all is noise, it is one component.
+        labels = labels if labels.max() >= 0 else np.zeros_like(labels)
+    elif num is not None:
+        labels = clustering.kmeans(points, num, seed)
+    return _Groups(labels, points, tuple(criteria), choices)
+
+
+def _with_centres(raw: Any, groups: _Groups, settings: dict[str, Any]) -> Components:
+    """The components of the sample, as they assign any row: to the nearest centre. `typical`: places in the sample."""
+    shape = _halved(raw.mean(0) if isinstance(raw, np.ndarray) else clustering.idf(raw))
+    rows = _compared(raw, shape)
+    centres = _halved(clustering.unit(clustering.centres(rows, groups.labels)))
+    cosines = rows @ centres.T
+    # Farther out than 98 % of a component's own rows is noise.
+    own = [cosines[groups.labels == label, label] for label in range(len(centres))]
+    reach = _halved(np.array([np.quantile(part, 0.02) for part in own]))
+    points = _flat(groups.points, groups.labels)[:_MAP_ROWS]
+    none = np.empty(0, np.int64)
+    found = Components(none, (), groups.criteria, groups.choices, (), (), settings, centres, shape, reach, points, none)
+    labels = found._nearest(rows)
+    inside = [np.flatnonzero(labels == label) for label in range(len(centres))]
+    nearest = [part[np.argsort(-cosines[part, label], kind="stable")] for label, part in enumerate(inside)]
+    typical = tuple(tuple(part[:_SHOWN_ROWS].tolist()) for part in nearest)
+    return replace(found, labels=labels, typical=typical, point_labels=labels[:_MAP_ROWS])
 
 
 def _draw(texts: Texts, seed: int) -> tuple[Ints, list[str], int]:
@@ -247,6 +304,13 @@ def _batches(texts: Texts) -> Iterator[list[str]]:
         yield batch
 
 
+def _counted(texts: Sequence[str]) -> csr_matrix:
+    """The counts of many texts, a batch at a time: counting takes a hundred times as much memory as its result."""
+    from scipy.sparse import vstack
+
+    return vstack([counts(batch) for batch in _batches(texts)], "csr")
+
+
 def _encoded(texts: Sequence[str], encode: Encode) -> Floats:
     parts = [np.asarray(encode(batch), np.float32) for batch in _batches(texts)]
     return np.concatenate(parts)
@@ -257,14 +321,10 @@ def _compared(raw: Any, shape: Floats) -> Any:
     return clustering.unit(raw - shape) if isinstance(raw, np.ndarray) else clustering.weigh(raw, shape)
 
 
-def _largest_first(labels: Ints) -> Ints:
-    """Labels numbered anew by size; if all is noise, it is one component."""
-    if labels.max() < 0:
-        return np.zeros_like(labels)
-    sizes = np.bincount(labels[labels >= 0])
-    rank = np.empty_like(sizes)
-    rank[np.argsort(-sizes, kind="stable")] = np.arange(len(sizes))
-    return np.where(labels >= 0, rank[labels], -1)
+def _numbered(labels: Ints, order: Ints) -> Ints:
+    """Labels as their places in `order`; -1 stays."""
+    numbers: Ints = np.where(labels >= 0, np.argsort(order)[labels], -1)
+    return numbers
 
 
 def _flat(points: Floats, labels: Ints) -> Floats:

@@ -1,7 +1,8 @@
 """Texts to hashed counts of their words and character n-grams: features of any language, without a vocabulary.
 
 A term is a word, 3 or 4 letters within a word, or 2 neighbouring ideographs or symbols; so Chinese works without a
-segmenter, and code by its punctuation. Upper and lower case are one, and so are all digits. A term's bucket is a
+segmenter, and code by its punctuation. Vowel signs and accents that stand behind their letter belong to it, or Hindi
+would fall apart. Upper and lower case are one, and so are all digits. A term's bucket is a
 polynomial hash that is the same on every machine, so nothing has to be kept to read new rows. The counting is numpy
 over all characters of a batch at once: a loop over n-grams in Python would take ten times as long. What it gives up:
 terms of one bucket are not told apart, and only the first `MAX_CHARS` characters of a text count.
@@ -10,6 +11,7 @@ terms of one bucket are not told apart, and only the first `MAX_CHARS` character
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from functools import cache
@@ -28,7 +30,6 @@ _OTHER, _LETTER, _IDEOGRAPH, _SYMBOL = 0, 1, 2, 3
 _NGRAMS = ((_LETTER, 3), (_LETTER, 4), (_IDEOGRAPH, 2), (_SYMBOL, 2))
 _BASE = 0x9E3779B97F4A7C15  # odd, 2^64 / golden ratio: Knuth's multiplicative hashing
 _IDEOGRAPHS = ((0x3040, 0x30FF), (0x3400, 0x9FFF), (0xF900, 0xFAFF))
-_WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]+|[^\W\d_\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]{2,}")
 
 
 def counts(texts: Sequence[str]) -> csr_matrix:
@@ -51,7 +52,7 @@ def counts(texts: Sequence[str]) -> csr_matrix:
 def words(text: str) -> set[str]:
     """The words of a text as people read them, and pairs of neighbouring ideographs."""
     found: set[str] = set()
-    for run in _WORD.findall(text[:MAX_CHARS].lower()):
+    for run in _word().findall(text[:MAX_CHARS].lower()):
         ideographs = any(first <= ord(run[0]) <= last for first, last in _IDEOGRAPHS)
         found.update({run[at : at + 2] for at in range(len(run) - 1)} if ideographs else {run})
     return found
@@ -112,11 +113,24 @@ def _powers(num: int) -> NDArray[np.uint64]:
     return np.cumprod(np.full(num, _BASE, np.uint64), dtype=np.uint64)
 
 
+def _is_mark(character: str) -> bool:
+    """Whether it is part of the letter before it. What chooses between pictures of one emoji is not."""
+    return unicodedata.category(character)[0] == "M" and not "\ufe00" <= character <= "\ufe0f"
+
+
+@cache
+def _word() -> re.Pattern[str]:
+    """A run of ideographs, or two letters and more."""
+    ideographs = "".join(f"{chr(first)}-{chr(last)}" for first, last in _IDEOGRAPHS)
+    marks = "".join(filter(_is_mark, map(chr, range(0x300, 0x10000))))
+    return re.compile(rf"[{ideographs}]+|(?:[^\W\d_{ideographs}][{marks}]*){{2,}}")
+
+
 @cache
 def _kinds() -> NDArray[np.int8]:
     """What a character is, by its code up to 0xFFFF, which stands for all beyond: rare ideographs and emoji."""
     characters = map(chr, range(0x10000))
-    kinds = [_LETTER if c.isalnum() else _OTHER if c.isspace() else _SYMBOL for c in characters]
+    kinds = [_LETTER if c.isalnum() or _is_mark(c) else _OTHER if c.isspace() else _SYMBOL for c in characters]
     for first, last in (*_IDEOGRAPHS, (0xFFFF, 0xFFFF)):
         kinds[first : last + 1] = [_IDEOGRAPH] * (last - first + 1)
     return np.array(kinds, np.int8)

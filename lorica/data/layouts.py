@@ -1,7 +1,7 @@
 """How samples become the batches of a run, by what the run is trained to do.
 
     packed    one row without padding, next-token targets; `padded` for models that cannot   causal
-    classes   rows padded on the right, one class a row                                      classification
+    classes   one row without padding, a class a sample; or padded rows, likewise            classification
     pairs     sources and targets, each padded on the right by itself                        seq2seq
 
 A data set is the same flat arrays for all of them, so order, budget, fingerprint and resuming know nothing of tasks.
@@ -11,9 +11,9 @@ What a label means is agreed here and with the renderers:
               which text a token belongs to (token type 1 from there on), else the last of all
     pairs     source tokens, not labelled, then target tokens, labelled with themselves
 
-What it gives up: packing for encoders and encoder-decoders; samples of similar length share a batch instead. Pairs are
-budgeted by their whole length, and a batch in which the longest source and the longest target are not of one sample is
-larger than that, at most twice.
+What it gives up: packing for encoder-decoders; samples of similar length share a batch instead. Pairs are budgeted by
+their whole length, and a batch in which the longest source and the longest target are not of one sample is larger than
+that, at most twice.
 
 n: samples, T: tokens of the longest (source), T': of the longest target.
 """
@@ -21,7 +21,7 @@ n: samples, T: tokens of the longest (source), T': of the longest target.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -29,14 +29,14 @@ import torch
 
 from lorica.data.packing import ROUND_TO, Batch, pack, pad
 from lorica.data.sampler import micro_batches
-from lorica.data.tokenized import IGNORE, Int64, TokenizedDataset
+from lorica.data.tokenized import IGNORE, Int32, Int64, TokenizedDataset
 
 
 @dataclass(frozen=True)
 class Layout:
     """make: (data set, sample indices) to a batch. padded: padding counts as tokens, so lengths are sorted."""
 
-    make: Callable[[TokenizedDataset, Int64], Batch]
+    make: Callable[..., Batch]
     padded: bool
 
     def batches(self, dataset: TokenizedDataset, indices: Int64, max_tokens: int) -> list[Batch]:
@@ -47,6 +47,10 @@ class Layout:
         """The samples of each of these batches."""
         return micro_batches(indices, dataset.lengths, max_tokens, self.padded)
 
+    def without_filler(self) -> Layout:
+        """The same with nothing in a packed row but its samples."""
+        return self if self.padded else replace(self, make=partial(self.make, multiple=1))
+
 
 PACKED = Layout(partial(pack, multiple=ROUND_TO), padded=False)
 
@@ -56,8 +60,12 @@ def padded(pad_id: int) -> Layout:
     return Layout(partial(pad, pad_id=pad_id), padded=True)
 
 
-def classes(pad_id: int, token_types: bool, start: int = 0) -> Layout:
-    """A class a row; with `token_types` the model is told where a second text begins. start: its first position."""
+def classes(pad_id: int, token_types: bool, start: int = 0, packing: bool = False) -> Layout:
+    """A class a sample; with `token_types` the model is told where a second text begins. start: its first position."""
+    if packing:
+        return Layout(
+            partial(packed_class_batch, token_types=token_types, start=start, multiple=ROUND_TO), padded=False
+        )
     return Layout(partial(class_batch, pad_id=pad_id, token_types=token_types, start=start), padded=True)
 
 
@@ -70,25 +78,57 @@ def class_batch(
     dataset: TokenizedDataset, indices: Sequence[int] | Int64, pad_id: int, token_types: bool, start: int = 0
 ) -> Batch:
     """Rows [n, T] and their classes [n]. Positions are the model's own business, unless a prefix moves them."""
-    samples = [dataset[int(index)] for index in indices]
-    input_ids, mask = _filled([ids for ids, _ in samples], pad_id)
-    labelled = np.array([int(np.flatnonzero(labels != IGNORE)[0]) for _, labels in samples])
-    lengths = np.array([len(ids) for ids, _ in samples])
-    places = np.arange(input_ids.shape[1])
-    types = (places >= labelled[:, None]) & (labelled < lengths - 1)[:, None] & (mask == 1)
-    positions = np.tile(places + start + dataset.first_position, (len(samples), 1))
+    samples = _labelled(dataset, indices)
+    input_ids, mask = _filled([sample.ids for sample in samples], pad_id)
+    types, _ = _filled([sample.types for sample in samples], 0)
+    positions = np.tile(np.arange(input_ids.shape[1]) + start + dataset.first_position, (len(samples), 1))
     return Batch(
         input_ids=torch.from_numpy(input_ids),
-        targets=torch.tensor([int(labels[at]) for (_, labels), at in zip(samples, labelled, strict=True)]),
+        targets=torch.tensor([sample.label for sample in samples]),
         position_ids=torch.from_numpy(positions) if dataset.first_position else None,
         cu_seqlens=None,
         attention_mask=torch.from_numpy(mask),
         max_length=input_ids.shape[1],
         num_samples=len(samples),
-        num_tokens=int(lengths.sum()),
+        num_tokens=int(mask.sum()),
         num_targets=len(samples),
-        token_type_ids=torch.from_numpy(types.astype(np.int64)) if token_types else None,
+        token_type_ids=torch.from_numpy(types) if token_types else None,
     )
+
+
+def packed_class_batch(
+    dataset: TokenizedDataset, indices: Sequence[int] | Int64, token_types: bool, start: int = 0, multiple: int = 1
+) -> Batch:
+    """One row [1, T] of the samples, filled up to a `multiple` as `pack` does it, and their classes [n]."""
+    row = pack(dataset, indices, multiple)
+    samples = _labelled(dataset, indices)
+    assert row.position_ids is not None
+    types = np.concatenate([*(sample.types for sample in samples), np.zeros(row.input_ids.shape[1] - row.num_tokens)])
+    return replace(
+        row,
+        targets=torch.tensor([sample.label for sample in samples]),
+        position_ids=row.position_ids + start,
+        num_targets=len(samples),
+        token_type_ids=torch.from_numpy(types.astype(np.int64))[None] if token_types else None,
+    )
+
+
+@dataclass(frozen=True)
+class _Labelled:
+    """A sample, its class, and 0 or 1 for each token: which of its texts it belongs to."""
+
+    ids: Int32
+    label: int
+    types: Int64
+
+
+def _labelled(dataset: TokenizedDataset, indices: Sequence[int] | Int64) -> list[_Labelled]:
+    found = []
+    for ids, labels in (dataset[int(index)] for index in indices):
+        at = int(np.flatnonzero(labels != IGNORE)[0])
+        second = np.arange(len(ids)) >= (at if at < len(ids) - 1 else len(ids))
+        found.append(_Labelled(ids, int(labels[at]), second.astype(np.int64)))
+    return found
 
 
 def pair_batch(dataset: TokenizedDataset, indices: Sequence[int] | Int64, pad_id: int, start_id: int) -> Batch:

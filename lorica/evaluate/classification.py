@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 
 from lorica.data.packing import Batch
 from lorica.errors import DataError
+from lorica.models.classifier import row_logits
 from lorica.models.loss import LossFunction
 
 Ids = npt.NDArray[np.int64]
@@ -58,7 +59,10 @@ def class_logits(model: PreTrainedModel, batches: Iterable[Batch]) -> Tensor:
     model.eval()
     try:
         with torch.inference_mode():
-            found = [model(**batch.to(model.device).model_inputs()).logits.float().cpu() for batch in batches]
+            found = [
+                row_logits(model, batch.to(model.device).model_inputs(), batch.num_samples).float().cpu()
+                for batch in batches
+            ]
     finally:
         model.train(training)
     if not found:

@@ -1,26 +1,28 @@
 """Text from a model: many prompts at once (`generate`), or one as it comes (`stream`).
 
-Both run transformers' own `generate` with its KV cache, so every architecture's special ways are served. Prompts are
-sorted by length and padded on the left behind an attention mask; what a row of a batch gives is what it gives alone (in
-float32; 16-bit sums depend on the batch's shape). Only the arguments here decide: sampling defaults that a base brings
-in its generation_config.json never leak in.
+Prompts are sorted by length and padded on the left behind an attention mask; what a row of a batch gives is what it
+gives alone (in float32; 16-bit sums depend on the batch's shape). A loop of our own decodes, which does nothing between
+two calls of the model but take a token, and drops rows that have ended when half of a batch has. Models that cannot be
+decoded so (`cache.py`) are left to transformers' `generate`, so every architecture's special ways are served. Only the
+arguments here decide: sampling defaults that a base brings in its generation_config.json never leak in.
 
-What it gives up: a batch runs until its longest answer is done; there is no continuous batching.
+What it gives up: there is no continuous batching; and where transformers decodes, a stream comes in one piece.
 """
 
 from __future__ import annotations
 
+import inspect
 import math
-import queue
-import threading
-from collections.abc import Generator, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import closing
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.generation import LogitsProcessor, LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
 
 from lorica.errors import DataError
+from lorica.evaluate.cache import plain_cache
 from lorica.methods.attach import in_front
 
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"
@@ -51,18 +53,14 @@ def generate(
     """
     check_prompts(model, prompts, max_new_tokens)
     pad_id = _pad_id(tokenizer, stop_ids)
-    config = _config(max_new_tokens, stop_ids, pad_id, temperature, top_p)
+    choose = _chooser(model, temperature, top_p, seed)
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     answers: list[list[int]] = [[] for _ in prompts]
-    with _generating(model, config, seed):
-        for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
-            inputs = _inputs(model, [prompts[index] for index in chosen], pad_id)
-            output = model.generate(**inputs, generation_config=config)
-            # An encoder-decoder's output begins with the token that its decoder starts from.
-            begin = 1 if model.config.is_encoder_decoder else inputs["input_ids"].shape[1]
-            for index, row in zip(chosen, output[:, begin:].tolist(), strict=True):
-                answers[index] = _until_stop(row, stop_ids)
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        inputs = _inputs(model, [prompts[index] for index in chosen], pad_id)
+        for row, token in _tokens(model, inputs, max_new_tokens, stop_ids, pad_id, choose):
+            answers[chosen[row]].append(token)
     return answers
 
 
@@ -80,15 +78,22 @@ def stream(
     """The answer to one prompt in pieces of text as they are decoded; no piece ends inside a character.
 
     The pieces together are the decoded result of `generate` for this prompt alone. Closing the iterator early stops the
-    model after its current token.
+    model, which is in evaluation mode until then.
 
     Raises:
         DataError: as `generate`.
     """
     check_prompts(model, [prompt], max_new_tokens)
     pad_id = _pad_id(tokenizer, stop_ids)
-    config = _config(max_new_tokens, stop_ids, pad_id, temperature, top_p)
-    return decode_pieces(tokenizer, _stream_ids(model, prompt, config, stop_ids, seed))
+    inputs, choose = _inputs(model, [prompt], pad_id), _chooser(model, temperature, top_p, seed)
+    return _pieces(tokenizer, _tokens(model, inputs, max_new_tokens, stop_ids, pad_id, choose))
+
+
+def _pieces(
+    tokenizer: PreTrainedTokenizerBase, tokens: Generator[tuple[int, int], None, None]
+) -> Generator[str, None, None]:
+    with closing(tokens):
+        yield from decode_pieces(tokenizer, (token for _, token in tokens))
 
 
 def context_length(model: PreTrainedModel) -> int | None:
@@ -164,37 +169,130 @@ def decode_pieces(tokenizer: PreTrainedTokenizerBase, ids: Iterable[int]) -> Gen
         yield rest
 
 
-def _config(
-    max_new_tokens: int, stop_ids: Sequence[int], pad_id: int, temperature: float, top_p: float
-) -> GenerationConfig:
-    sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0} if temperature > 0 else {}
-    return GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        eos_token_id=list(stop_ids) or None,
-        pad_token_id=pad_id,
-        use_cache=True,
-        **sampling,
+_Choose = Callable[[Tensor], Tensor]
+
+
+def _chooser(model: PreTrainedModel, temperature: float, top_p: float, seed: int) -> _Choose:
+    """From logits [B, vocabulary] to the next ids [B]; draws come from a generator of its own."""
+    if temperature <= 0:
+        return lambda logits: logits.float().argmax(-1)
+    generator = torch.Generator(model.device).manual_seed(seed)
+    warp = LogitsProcessorList(
+        [TemperatureLogitsWarper(temperature), *([TopPLogitsWarper(top_p)] if top_p < 1 else [])]
     )
 
+    def draw(logits: Tensor) -> Tensor:
+        # No warper looks at the ids.
+        chances = warp(None, logits.float()).softmax(-1)
+        return torch.multinomial(chances, 1, generator=generator)[:, 0]
 
-@contextmanager
-def _generating(model: PreTrainedModel, config: GenerationConfig, seed: int) -> Iterator[None]:
-    """Evaluation mode, no gradients, a seeded generator and no defaults of the base's, all restored at the end."""
-    training, own = model.training, model.generation_config
+    return draw
+
+
+def _tokens(
+    model: PreTrainedModel,
+    inputs: dict[str, Tensor],
+    max_new_tokens: int,
+    stop_ids: Sequence[int],
+    pad_id: int,
+    choose: _Choose,
+) -> Generator[tuple[int, int], None, None]:
+    """Each new token with the row of `inputs` that it belongs to; a stop id ends its row and is not given."""
+    training = model.training
+    model.eval()
+    try:
+        cache = plain_cache(model, inputs["input_ids"].shape[1] + max_new_tokens)
+        if cache is None:
+            yield from _by_transformers(model, inputs, max_new_tokens, stop_ids, pad_id, choose)
+        else:
+            yield from _decode(model, cache, inputs, max_new_tokens, stop_ids, choose)
+    finally:
+        model.train(training)
+
+
+def _decode(
+    model: PreTrainedModel,
+    cache: DynamicCache,
+    inputs: dict[str, Tensor],
+    max_new_tokens: int,
+    stop_ids: Sequence[int],
+    choose: _Choose,
+) -> Generator[tuple[int, int], None, None]:
+    takes = inspect.signature(model.forward).parameters
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    positions = inputs.get("position_ids", (mask.cumsum(1) - 1).clamp(min=0))
+    # The row of the inputs that stands at each place of the batch; None where it has ended.
+    rows: list[int | None] = list(range(len(ids)))
+    for step in range(max_new_tokens):
+        given = {"position_ids": positions, "logits_to_keep": 1}
+        # The mode is no longer than a call: it would hold for whoever takes the tokens too.
+        with torch.inference_mode():
+            logits = model(
+                input_ids=ids,
+                attention_mask=None if bool(mask.all()) else mask,
+                past_key_values=cache,
+                use_cache=True,
+                **{name: value for name, value in given.items() if name in takes},
+            ).logits
+            tokens = choose(logits[:, -1])
+        for place, token in enumerate(tokens.tolist()):
+            row = rows[place]
+            if row is not None and token in stop_ids:
+                rows[place] = None
+            elif row is not None:
+                yield row, token
+        live = [place for place, row in enumerate(rows) if row is not None]
+        if not live or step + 1 == max_new_tokens:
+            return
+        with torch.inference_mode():
+            if 2 * len(live) <= len(rows):
+                places = torch.tensor(live, device=ids.device)
+                cache.batch_select_indices(places)
+                tokens, mask, positions = tokens[places], mask[places], positions[places]
+                rows = [rows[place] for place in live]
+            ids, positions = tokens[:, None], positions[:, -1:] + 1
+            mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
+
+
+def _by_transformers(
+    model: PreTrainedModel,
+    inputs: dict[str, Tensor],
+    max_new_tokens: int,
+    stop_ids: Sequence[int],
+    pad_id: int,
+    choose: _Choose,
+) -> Generator[tuple[int, int], None, None]:
+    config = GenerationConfig(
+        max_new_tokens=max_new_tokens, eos_token_id=list(stop_ids) or None, pad_token_id=pad_id, use_cache=True
+    )
+    begin = inputs["input_ids"].shape[1]
     if model.config.is_encoder_decoder:
         start = getattr(model.config, "decoder_start_token_id", None)
-        config.decoder_start_token_id = config.pad_token_id if start is None else start
-    devices = [model.device] if model.device.type == "cuda" else []
-    model.eval()
+        config.decoder_start_token_id = pad_id if start is None else start
+        # Its output begins with that token.
+        begin = 1
+    own = model.generation_config
     # transformers fills what a given config leaves open from the model's own, which may ask for sampling or penalties.
-    model.generation_config = GenerationConfig(pad_token_id=config.pad_token_id)
+    model.generation_config = GenerationConfig(pad_token_id=pad_id)
     try:
-        with torch.inference_mode(), torch.random.fork_rng(devices):
-            torch.manual_seed(seed)
-            yield
+        with torch.inference_mode():
+            # Greedily, of logits in which what `choose` takes is all there is.
+            output = model.generate(**inputs, generation_config=config, logits_processor=[_Chosen(choose)])
     finally:
         model.generation_config = own
-        model.train(training)
+    for row, ids in enumerate(output[:, begin:].tolist()):
+        end = next((place for place, token in enumerate(ids) if token in stop_ids), len(ids))
+        yield from ((row, token) for token in ids[:end])
+
+
+class _Chosen(LogitsProcessor):  # type: ignore[misc]
+    """Logits of which the chosen token's is the largest."""
+
+    def __init__(self, choose: _Choose) -> None:
+        self.choose = choose
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        return torch.zeros_like(scores).scatter_(1, self.choose(scores)[:, None], 1.0)
 
 
 def _pad_id(tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int]) -> int:
@@ -220,62 +318,3 @@ def _inputs(model: PreTrainedModel, prompts: Sequence[Sequence[int]], pad_id: in
     inputs = {"input_ids": filled, "attention_mask": mask}
     # Not every model takes positions; all that need them moved do.
     return {**inputs, "position_ids": (mask.cumsum(1) - 1).clamp(min=0) + position} if position else inputs
-
-
-def _until_stop(ids: list[int], stop_ids: Sequence[int]) -> list[int]:
-    end = next((position for position, token in enumerate(ids) if token in stop_ids), len(ids))
-    return ids[:end]
-
-
-class _Ids:
-    """What `generate` takes as a streamer: hands each new token to another thread."""
-
-    def __init__(self) -> None:
-        self.queue: queue.SimpleQueue[int | BaseException | None] = queue.SimpleQueue()
-        self.prompt_seen = False
-
-    def put(self, value: Tensor) -> None:
-        # The prompt comes first.
-        if self.prompt_seen:
-            self.queue.put(int(value.reshape(-1)[0]))
-        self.prompt_seen = True
-
-    def end(self) -> None:
-        self.queue.put(None)
-
-
-def _stream_ids(
-    model: PreTrainedModel, prompt: Sequence[int], config: GenerationConfig, stop_ids: Sequence[int], seed: int
-) -> Iterator[int]:
-    """New ids as `generate`, running in a thread of its own, finds them."""
-    inputs = _inputs(model, [prompt], config.pad_token_id)
-    ids, closed = _Ids(), threading.Event()
-
-    def is_closed(input_ids: Tensor, scores: Tensor, **_: object) -> Tensor:
-        return torch.full((input_ids.shape[0],), closed.is_set(), device=input_ids.device)
-
-    def work() -> None:
-        try:
-            with _generating(model, config, seed):
-                model.generate(
-                    **inputs,
-                    generation_config=config,
-                    streamer=ids,
-                    stopping_criteria=StoppingCriteriaList([is_closed]),
-                )
-        except BaseException as error:
-            # Raised again where the answer is read: an error in a thread would only be printed.
-            ids.queue.put(error)
-
-    worker = threading.Thread(target=work, daemon=True)
-    worker.start()
-    try:
-        while (item := ids.queue.get()) is not None:
-            if isinstance(item, BaseException):
-                raise item
-            if item in stop_ids:
-                return
-            yield item
-    finally:
-        closed.set()
-        worker.join()

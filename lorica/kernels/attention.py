@@ -25,9 +25,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, sdpa_mask
 
-from lorica.kernels import cpu_attention
+from lorica.kernels import cpu_attention, cuda_attention, one_query
 from lorica.kernels.linear import is_widened
 
 NAME = "lorica"
@@ -70,6 +70,10 @@ def attention(
     causal = bool(getattr(module, "is_causal", True)) if is_causal is None else is_causal
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     plain = softcap is None and s_aux is None and position_bias is None
+    if one_query.takes(query, key, attention_mask) and not dropout and position_bias is None and prefix_key is None:
+        if attention_mask is None and causal and sliding_window:
+            key, value = key[:, :, -sliding_window:], value[:, :, -sliding_window:]
+        return one_query.attend(query, key, value, attention_mask, scale=scale, softcap=softcap, sinks=s_aux), None
     if plain and attention_mask is None and not dropout and cpu_attention.takes(query, key, causal):
         fused = cpu_attention.attend(
             query,
@@ -81,6 +85,12 @@ def attention(
             window=sliding_window,
             prefix_key=prefix_key,
             prefix_value=prefix_value,
+        )
+        return fused.transpose(1, 2), None
+    is_simple = plain and not dropout and prefix_key is None
+    if cu_seq_lens_q is not None and is_simple and cuda_attention.takes(query, key, value):
+        fused = cuda_attention.attend(
+            query, key, value, scale=scale, causal=causal, cu_seqlens=cu_seq_lens_q, window=sliding_window
         )
         return fused.transpose(1, 2), None
 
@@ -121,7 +131,15 @@ def mask(
 
     `local_size` is a window or a chunk (Llama 4), which are told apart by the mask alone: a row longer than that gets
     one. Packed rows, for which transformers forbids the skip, get none: `cu_seqlens` and the layer's window say it all.
+    A single query, as in decoding, needs none but for padding while it sees all that the cache has kept.
     """
+    if q_length == 1 and not use_vmap and not torch.is_tensor(q_offset):
+        begin = kwargs.get("kv_offset", 0)
+        if attention_mask is None and _sees_all(q_offset, **kwargs):
+            return None
+        is_known = kwargs.get("mask_function", causal_mask_function) is causal_mask_function
+        if attention_mask is not None and is_known and attention_mask.shape[-1] >= begin + kv_length:
+            return attention_mask[:, None, None, begin : begin + kv_length]
     plain = attention_mask is None and not use_vmap and not torch.is_tensor(q_offset) and q_offset == 0
     is_local = local_size is not None and kv_length > local_size and allow_is_causal_skip
     if plain and q_length == kv_length and not is_local:
@@ -139,16 +157,31 @@ def mask(
     return result
 
 
+def _sees_all(
+    position: int, mask_function: Callable[..., Tensor] = causal_mask_function, kv_offset: int = 0, **_: Any
+) -> bool:
+    """Whether the query at `position` sees every key of a row without padding.
+
+    What it sees ends with itself and has no gap, be it a window, a chunk or everything: so the first key tells.
+    """
+    if mask_function is causal_mask_function:
+        return True
+    zero = torch.tensor(0)
+    return bool(mask_function(zero, zero, torch.tensor(position), torch.tensor(kv_offset)))
+
+
 @dataclass(frozen=True)
 class _Layout:
     """How the samples of one packed batch are cut into groups of one length each.
 
     groups: (samples, length) of each; a group's rows follow each other in the gathered tensor.
+    masks: of each group, where keys are filler that a query would see: True for the real ones [samples, 1, 1, length].
     gather [M]: the token that goes to each of the M rows, filler rows repeating a token. inverse [T]: each token's row.
     filler: the rows that are filler. All None where the batch is one group as it stands.
     """
 
     groups: tuple[tuple[int, int], ...]
+    masks: tuple[Tensor | None, ...]
     gather: Tensor | None
     inverse: Tensor | None
     filler: Tensor | None
@@ -160,7 +193,8 @@ def _packed(
     """[1, H, T, D] from packed [1, H, T, D], [1, K, T, D] twice.
 
     Samples of about one length share a call: they are gathered into [samples, H, length, D], the shorter ones filled up
-    behind their end, where causal attention never looks. Kernels see a few shapes and a few calls, not one a sample.
+    behind their end, where causal attention never looks and a mask keeps other attention from looking. Kernels see a
+    few shapes and a few calls, not one a sample.
     """
     layout = _layout_of(cu_seqlens, query.shape[2], query.device, causal)
     rows = [t[0].transpose(0, 1) for t in (query, key, value)]
@@ -168,9 +202,10 @@ def _packed(
         rows = [_reordered(t, layout.gather, layout.inverse, None) for t in rows]
     sizes = [count * length for count, length in layout.groups]
     parts = []
-    for (count, length), *group in zip(layout.groups, *(torch.split(t, sizes) for t in rows), strict=True):
+    splits = (torch.split(t, sizes) for t in rows)
+    for (count, length), seen, *group in zip(layout.groups, layout.masks, *splits, strict=True):
         # [samples * length, H, D] -> [samples, H, length, D], a view.
-        out = attend(*(t.unflatten(0, (count, length)).transpose(1, 2) for t in group), None)
+        out = attend(*(t.unflatten(0, (count, length)).transpose(1, 2) for t in group), seen)
         parts.append(out.transpose(1, 2).flatten(0, 1))
     out = parts[0] if len(parts) == 1 else torch.cat(parts)
     if layout.gather is not None:
@@ -222,22 +257,23 @@ def _make_layout(borders: npt.NDArray[np.int64], num_tokens: int, device: torch.
     if int(lengths.sum()) != num_tokens:
         raise ValueError(f"cu_seqlens cover {int(lengths.sum())} tokens, but the packed batch has {num_tokens}.")
     if (lengths == lengths[0]).all():
-        return _Layout(((len(lengths), int(lengths[0])),), None, None, None)
-    # Without causality a query would look at the filler, so only samples of exactly one length share a call.
-    rounded = _round_up(lengths) if causal else lengths
-    groups, tokens, real = [], [], []
+        return _Layout(((len(lengths), int(lengths[0])),), (None,), None, None, None)
+    rounded = _round_up(lengths)
+    groups, masks, tokens, real = list[tuple[int, int]](), list[Tensor | None](), [], []
     for length in np.unique(rounded):
         members = np.flatnonzero(rounded == length)
         groups.append((len(members), int(length)))
         within = np.arange(length)
         tokens.append((starts[members, None] + np.minimum(within, lengths[members, None] - 1)).ravel())
-        real.append((within < lengths[members, None]).ravel())
+        is_real = within < lengths[members, None]
+        masks.append(None if causal or is_real.all() else torch.from_numpy(is_real[:, None, None]).to(device))
+        real.append(is_real.ravel())
     gather, is_real = np.concatenate(tokens), np.concatenate(real)
     inverse = np.empty(num_tokens, np.int64)
     inverse[gather[is_real]] = np.flatnonzero(is_real)
     filler = np.flatnonzero(~is_real)
     index = [torch.from_numpy(t).to(device) for t in (gather, inverse, filler)]
-    return _Layout(tuple(groups), *index)
+    return _Layout(tuple(groups), tuple(masks), *index)
 
 
 def _round_up(lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:

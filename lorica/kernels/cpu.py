@@ -23,8 +23,6 @@ from lorica.kernels.linear import cpu_computes, is_widened
 # Contraction would fuse the steps of the 8-bit search into one rounding, and bitsandbytes does not.
 _FLAGS = ("-march=native", "-fopenmp", "-ffp-contract=off", "-lm")
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-WIDE_ROWS = 16
-"""Up to how many rows `linear_16bit` is the faster way (measured, benchmarks/quant.py)."""
 
 _P, _I, _L = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
 _ARGUMENTS = {
@@ -34,7 +32,6 @@ _ARGUMENTS = {
     "lorica_dequantize_8bit": (_P, _P, _P, _L, _L, _P, _I, _I),
     "lorica_linear_4bit": (_P, _I, _L, _L, _L, _P, _P, _P, _L, _P, _I, _P, _P, _P),
     "lorica_linear_8bit": (_P, _I, _L, _L, _L, _P, _P, _P, _L, _P, _I, _P, _P, _P),
-    "lorica_linear_16bit": (_P, _I, _L, _L, _L, _P, _P, _I),
 }
 
 
@@ -144,21 +141,6 @@ def linear_8bit_input_grad(
     dtype, absmax = _product_dtype(grad), _scales(absmax, nested)
     weight = dequantize_8bit(codes, absmax, codebook, blocksize, dtype).reshape(grad.shape[-1], in_features)
     return (grad.to(dtype) @ weight).to(grad.dtype)
-
-
-def linear_16bit(x: Tensor, weight: Tensor) -> Tensor:
-    """With up to `WIDE_ROWS` rows the weight is read once, and becomes float32 in registers only."""
-    built, num_rows = compiled(), x.numel() // x.shape[-1]
-    if built is None or x.dtype.itemsize != 2 or weight.dtype != x.dtype or not 0 < num_rows <= WIDE_ROWS:
-        return reference.linear_16bit(x, weight)
-    x, weight = x.contiguous(), weight.contiguous()
-    out_features, in_features = weight.shape
-    y = torch.empty((*x.shape[:-1], out_features), dtype=x.dtype)
-    built.lorica_linear_16bit(
-        x.data_ptr(), _TYPES[x.dtype], num_rows, in_features, out_features, weight.data_ptr(), y.data_ptr(),
-        torch.get_num_threads(),
-    )  # fmt: skip
-    return y
 
 
 def _scales(absmax: Tensor, nested: Sequence[Tensor]) -> Tensor:

@@ -3,10 +3,11 @@
 torch's own kernel for CPUs reaches a quarter of the processor's rate in backward, needs every sample as long as the
 others, and has no 16-bit gradient worth the name where the processor has no 16-bit arithmetic. This one takes packed
 samples where they lie, keys that several heads share, windows and prefixes, in any floating dtype, and computes in
-float32.
+float32. Where the processor multiplies bfloat16 matrices itself (AMX, AVX-512 BF16) there is a second kernel that does
+(`csrc/attention_bfloat16.c`): it is used only after a small case has come out as from the first.
 
-What it gives up: masks of any other form, dropout and what `kernels/attention.py` calls explicit are torch's; and on a
-processor that multiplies bfloat16 matrices with instructions of its own, float32 is not its fastest.
+What it gives up: masks of any other form, dropout and what `kernels/attention.py` calls explicit are torch's, and so is
+float16 where the processor has arithmetic for it.
 
 Shapes: B batch, H heads, K key-value heads (K divides H), T queries, Tk keys, D size of queries and keys, V of values,
 n prefix keys.
@@ -15,12 +16,14 @@ n prefix keys.
 from __future__ import annotations
 
 import ctypes
+import warnings
 import weakref
 from collections.abc import Sequence
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -28,6 +31,8 @@ from lorica.kernels.build import library
 from lorica.kernels.linear import cpu_computes
 
 _FLAGS = ("-march=native", "-fopenmp", "-ffp-contract=fast", "-lm")
+# Of attention_bfloat16.c, by what the processor has to have; the faster first.
+_TILE_FLAGS = {"amx_bf16": ("-DAMX", "-mamx-tile", "-mamx-bf16"), "avx512_bf16": ("-mavx512bf16",)}
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _NO_WINDOW = 2**40
 _P, _I, _L = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
@@ -57,23 +62,102 @@ class _Attention(ctypes.Structure):
 @cache
 def compiled() -> Any:
     """The C library, or None where it cannot be."""
-    built = library("attention.c", _FLAGS)
+    return _loaded("attention.c", _FLAGS)
+
+
+@cache
+def tiled() -> Any:
+    """The C library that has the processor multiply bfloat16, or None where it cannot, may not or does it wrong."""
+    able = torch.cpu.get_capabilities()
+    for feature, flags in _TILE_FLAGS.items():
+        built = _loaded("attention_bfloat16.c", (*_FLAGS, *flags)) if able.get(feature) else None
+        if built is not None and built.lorica_tiles_are_lent():
+            if _is_right(built):
+                return built
+            warnings.warn(
+                f"attention through {feature} gives wrong numbers on this processor, so it is not used. This is a "
+                "fault in Lorica or in the machine: please report it with the processor's name.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+    return None
+
+
+def _loaded(source: str, flags: tuple[str, ...]) -> Any:
+    built = library(source, flags)
     if built is not None:
         for name in ("lorica_attention", "lorica_attention_backward"):
             getattr(built, name).argtypes = (ctypes.POINTER(_Attention), ctypes.c_int)
     return built
 
 
+def _is_right(built: Any) -> bool:
+    """Whether a small case of bfloat16 comes out as the float32 kernel computes it, but for roundings."""
+    pairs = zip(_trial(built), _trial(compiled()), strict=True)
+    return all(bool(abs(mine - theirs).max() < 0.02 * abs(theirs).max()) for mine, theirs in pairs)
+
+
+def _trial(built: Any) -> list[npt.NDArray[np.float32]]:
+    """Output and gradients of two packed samples behind a prefix. In numpy: torch may be in a mode without numbers."""
+    tokens, heads, size, prefix = 150, 2, 40, 3
+    random = np.random.default_rng(0)
+
+    def halves(*shape: int) -> npt.NDArray[np.uint16]:
+        return (random.standard_normal(shape, np.float32).view(np.uint32) >> 16).astype(np.uint16)
+
+    def described(array: npt.NDArray[np.uint16]) -> _Tensor4:
+        return _Tensor4(array.ctypes.data, 0, size, array.shape[1] * size, size)
+
+    borders = np.array([[0, 0, 20, 0, 20, 0], [0, 20, 130, 20, 130, 20]])
+    inputs = {
+        name: halves(tokens, 1 if name in ("key", "value") else heads, size)
+        for name in ("grad", "query", "key", "value")
+    }
+    results = {
+        name: np.zeros_like(inputs[like])
+        for name, like in zip(("out", "grad_query", "grad_key", "grad_value"), inputs, strict=True)
+    }
+    prefixes = [halves(1, prefix, size) for _ in range(2)]
+    grads = [np.zeros((len(borders), 1, prefix, size), np.float32) for _ in range(2)]
+    log_sum = np.zeros((tokens, heads), np.float32)
+    attention = _Attention(
+        type=_TYPES[torch.bfloat16],
+        causal=1,
+        heads=heads,
+        key_heads=1,
+        samples=len(borders),
+        prefix=prefix,
+        window=100,
+        scale=size**-0.5,
+        borders=borders.ctypes.data,
+        **{name: described(array) for name, array in (inputs | results).items()},
+        prefix_key=prefixes[0].ctypes.data,
+        prefix_value=prefixes[1].ctypes.data,
+        grad_prefix_key=grads[0].ctypes.data,
+        grad_prefix_value=grads[1].ctypes.data,
+        log_sum=log_sum.ctypes.data,
+    )
+    if not (built.lorica_attention(attention, 1) and built.lorica_attention_backward(attention, 1)):
+        raise MemoryError("there is no memory for a small case of attention")
+    return [*((array.astype(np.uint32) << 16).view(np.float32) for array in results.values()), *grads, log_sum]
+
+
 def takes(query: Tensor, key: Tensor, causal: bool) -> bool:
     """Whether `attend` is there for these, and the faster way."""
     return (
         query.device.type == "cpu"
-        and query.dtype in _TYPES
-        and (query.dtype is torch.float32 or not cpu_computes(query.dtype))
         and query.shape[2] > 0
         and not (causal and key.shape[2] < query.shape[2])
-        and compiled() is not None
+        and _computes(query.dtype)
     )
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _computes(dtype: torch.dtype) -> bool:
+    if dtype not in _TYPES or compiled() is None:
+        return False
+    by_torch = dtype is not torch.float32 and cpu_computes(dtype)
+    return not by_torch or (dtype is torch.bfloat16 and tiled() is not None)
 
 
 def attend(
@@ -129,58 +213,49 @@ def _borders(cu_seqlens: Tensor | None, rows: int, num_queries: int, num_keys: i
     return table
 
 
-def _described(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    borders: Tensor,
-    prefix_key: Tensor | None,
-    prefix_value: Tensor | None,
-    out: Tensor,
-    log_sum: Tensor,
-    scale: float,
-    causal: bool,
-    window: int,
-) -> _Attention:
-    return _Attention(
-        type=_TYPES[query.dtype],
-        causal=causal,
-        heads=query.shape[1],
-        key_heads=key.shape[1],
-        samples=borders.shape[0],
-        prefix=0 if prefix_key is None else prefix_key.shape[1],
-        window=window,
-        scale=scale,
-        borders=borders.data_ptr(),
-        query=_Tensor4.of(query),
-        key=_Tensor4.of(key),
-        value=_Tensor4.of(value),
-        out=_Tensor4.of(out),
-        prefix_key=None if prefix_key is None else prefix_key.data_ptr(),
-        prefix_value=None if prefix_value is None else prefix_value.data_ptr(),
-        log_sum=log_sum.data_ptr(),
-    )
+class _Inputs(NamedTuple):
+    """The operator's, in the order of its schema."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    borders: Tensor
+    prefix_key: Tensor | None
+    prefix_value: Tensor | None
+    scale: float
+    causal: bool
+    window: int
+
+    def described(self, out: Tensor, log_sum: Tensor) -> _Attention:
+        return _Attention(
+            type=_TYPES[self.query.dtype],
+            causal=self.causal,
+            heads=self.query.shape[1],
+            key_heads=self.key.shape[1],
+            samples=self.borders.shape[0],
+            prefix=_shape(self.prefix_key)[1],
+            window=self.window,
+            scale=self.scale,
+            borders=self.borders.data_ptr(),
+            query=_Tensor4.of(self.query),
+            key=_Tensor4.of(self.key),
+            value=_Tensor4.of(self.value),
+            out=_Tensor4.of(out),
+            prefix_key=None if self.prefix_key is None else self.prefix_key.data_ptr(),
+            prefix_value=None if self.prefix_value is None else self.prefix_value.data_ptr(),
+            log_sum=log_sum.data_ptr(),
+        )
 
 
 def _run(name: str, description: _Attention) -> None:
-    if not getattr(compiled(), name)(ctypes.byref(description), torch.get_num_threads()):
+    built = tiled() if description.type == _TYPES[torch.bfloat16] else None
+    if not getattr(built or compiled(), name)(ctypes.byref(description), torch.get_num_threads()):
         raise MemoryError(f"{name}: there is no memory for its blocks")
 
 
-def _forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    borders: Tensor,
-    prefix_key: Tensor | None,
-    prefix_value: Tensor | None,
-    scale: float,
-    causal: bool,
-    window: int,
-) -> tuple[Tensor, Tensor]:
-    out, log_sum = _fake_forward(query, key, value)
-    described = _described(query, key, value, borders, prefix_key, prefix_value, out, log_sum, scale, causal, window)
-    _run("lorica_attention", described)
+def _forward(*args: Any) -> tuple[Tensor, Tensor]:
+    out, log_sum = _fake_forward(*args)
+    _run("lorica_attention", _Inputs(*args).described(out, log_sum))
     return out, log_sum
 
 
@@ -196,85 +271,62 @@ def _by_token(like: Tensor, shape: Sequence[int]) -> Tensor:
     return like.new_empty((rows, tokens, heads, size)).transpose(1, 2)
 
 
-def _backward(
-    grad: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    borders: Tensor,
-    prefix_key: Tensor | None,
-    prefix_value: Tensor | None,
-    out: Tensor,
-    log_sum: Tensor,
-    scale: float,
-    causal: bool,
-    window: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    grad = grad.to(query.dtype)
+def _shape(prefix: Tensor | None) -> tuple[int, ...]:
+    """Of a prefix and of its gradient; operators give no None."""
+    return (0, 0, 0) if prefix is None else tuple(prefix.shape)
+
+
+def _backward(grad: Tensor, out: Tensor, log_sum: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    inputs = _Inputs(*args)
+    grad = grad.to(inputs.query.dtype)
     grad = grad if grad.stride(3) == 1 else grad.contiguous()
-    grads = [_by_token(t, t.shape) for t in (query, key, value)]
-    of_prefixes = [torch.empty((borders.shape[0], *_shape(t)), dtype=torch.float32) for t in (prefix_key, prefix_value)]
-    described = _described(query, key, value, borders, prefix_key, prefix_value, out, log_sum, scale, causal, window)
+    *grads, in_key, in_value = _fake_backward(grad, out, log_sum, *args)
+    # Of each sample.
+    samples = [in_key.new_empty((len(inputs.borders), *t.shape), dtype=torch.float32) for t in (in_key, in_value)]
+    described = inputs.described(out, log_sum)
     described.grad = _Tensor4.of(grad)
     described.grad_query, described.grad_key, described.grad_value = map(_Tensor4.of, grads)
-    described.grad_prefix_key, described.grad_prefix_value = (t.data_ptr() for t in of_prefixes)
+    described.grad_prefix_key, described.grad_prefix_value = (t.data_ptr() for t in samples)
     _run("lorica_attention_backward", described)
-    in_key, in_value = (t.sum(0).to(key.dtype) for t in of_prefixes)
-    return grads[0], grads[1], grads[2], in_key, in_value
+    return *grads, *(t.sum(0).to(inputs.key.dtype) for t in samples)
 
 
-def _fake_backward(
-    grad: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    borders: Tensor,
-    prefix_key: Tensor | None,
-    prefix_value: Tensor | None,
-    *_: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    q, k, v = (_by_token(t, t.shape) for t in (query, key, value))
-    return q, k, v, key.new_empty(_shape(prefix_key)), key.new_empty(_shape(prefix_value))
-
-
-def _shape(tensor: Tensor | None) -> tuple[int, ...]:
-    """Of a gradient; operators give no None."""
-    return (0, 0, 0) if tensor is None else tuple(tensor.shape)
+def _fake_backward(grad: Tensor, out: Tensor, log_sum: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    inputs = _Inputs(*args)
+    grads = (_by_token(t, t.shape) for t in inputs[:3])
+    return *grads, *(inputs.key.new_empty(_shape(t)) for t in (inputs.prefix_key, inputs.prefix_value))
 
 
 _INPUTS = (
-    "Tensor query, Tensor key, Tensor value, Tensor borders, Tensor? prefix_key, Tensor? prefix_value{more}, "
+    "Tensor query, Tensor key, Tensor value, Tensor borders, Tensor? prefix_key, Tensor? prefix_value, "
     "float scale, bool causal, int window"
 )
 _LIBRARY = torch.library.Library("lorica", "FRAGMENT")  # type: ignore[no-untyped-call]
-for _name, _schema, _kernel, _fake in (
-    ("attention", f"({_INPUTS.format(more='')}) -> (Tensor, Tensor)", _forward, _fake_forward),
+for _schema, _kernel, _fake in (
+    (f"attention({_INPUTS}) -> (Tensor, Tensor)", _forward, _fake_forward),
     (
-        "attention_backward",
-        f"(Tensor grad, {_INPUTS.format(more=', Tensor out, Tensor log_sum')})"
+        f"attention_backward(Tensor grad, Tensor out, Tensor log_sum, {_INPUTS})"
         " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
         _backward,
         _fake_backward,
     ),
 ):
-    _LIBRARY.define(_name + _schema, tags=torch.Tag.pt2_compliant_tag)  # type: ignore[no-untyped-call]
+    _name = _LIBRARY.define(_schema, tags=torch.Tag.pt2_compliant_tag)  # type: ignore[no-untyped-call]
     _LIBRARY.impl(_name, _kernel, "CPU")  # type: ignore[no-untyped-call]
     torch.library.register_fake(f"lorica::{_name}", _fake, lib=_LIBRARY)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     *tensors, ctx.scale, ctx.causal, ctx.window = inputs
-    ctx.save_for_backward(*tensors, *output)
+    ctx.save_for_backward(*output, *tensors)
     ctx.mark_non_differentiable(output[1])
 
 
 def _derivative(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    *inputs, out, log_sum = ctx.saved_tensors
-    q, k, v, in_key, in_value = torch.ops.lorica.attention_backward(
-        grad, *inputs, out, log_sum, ctx.scale, ctx.causal, ctx.window
-    )
-    has_prefix = inputs[4] is not None
-    return q, k, v, None, in_key if has_prefix else None, in_value if has_prefix else None, None, None, None
+    saved = ctx.saved_tensors
+    grads = torch.ops.lorica.attention_backward(grad, *saved, ctx.scale, ctx.causal, ctx.window)
+    has_prefix = saved[-1] is not None
+    return *grads[:3], None, *(grads[3:] if has_prefix else (None, None)), None, None, None
 
 
 torch.library.register_autograd("lorica::attention", _derivative, setup_context=_keep, lib=_LIBRARY)

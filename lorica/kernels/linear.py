@@ -3,15 +3,17 @@
 A CPU without AVX-512 BF16 or AMX multiplies bfloat16 matrices by a plain loop: 13 GFLOP/s forward and 2 backward where
 its float32 reaches 80 (two cores with AVX2). There the operands are widened to float32 for the product alone and the
 result is rounded back, so a bfloat16 base keeps its size in memory and trains at the speed of float32. What is kept for
-backward stays in 16 bits. Few rows, as in decoding, go through `ops.linear_16bit`, which reads the weight once and
-widens it in registers.
+backward stays in 16 bits.
+
+In inference mode few rows, as in decoding, go through `ops.linear_rows` in every dtype: it reads the weight once, as
+fast as memory gives it, and widens it in registers. Libraries are made for many rows.
 
 What it gives up: for the moment of a product of many rows its operands exist in float32 as well.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
@@ -21,11 +23,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lorica.kernels import rows
+
 _IS_STAND_IN = ContextVar("_IS_STAND_IN", default=False)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x W^T + b in the dtype of x: x [..., in], weight [out, in] of any floating dtype, bias [out]."""
+    if _is_for_rows(x, weight):
+        return rows.linear_rows(x, weight, bias) if is_unwatched(x) else _watched_rows(x, weight, bias)
     if is_widened(x):
         if not torch.is_grad_enabled():
             return _product(x, weight, bias)
@@ -34,10 +40,69 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
+@cache
+def most_rows(dtype: torch.dtype) -> int:
+    """Up to how many rows of this dtype `linear_rows` is the faster way on a CPU (measured, benchmarks/decode.py).
+
+    Where the processor has arithmetic of its own for 16 bits, only while reading the weight is all that counts.
+    """
+    if dtype not in rows.TYPES or rows.compiled() is None:
+        return 0
+    if dtype is torch.float32:
+        return 32
+    return 4 if cpu_computes(dtype) else 64
+
+
+def gated(x: Tensor, layers: Sequence[nn.Module], act: str | None) -> Tensor | None:
+    """A gated MLP's output where it is for `rows.gated_rows`: few rows, and plain layers (gate, up, down) in front."""
+    if not (act in rows.ACTS and is_unwatched(x) and all(type(m) is Linear and _is_alone(m) for m in layers)):
+        return None
+    gate, up, down = (m._parameters["weight"] for m in layers)
+    assert gate is not None and up is not None and down is not None
+    fits = gate.dtype is up.dtype is down.dtype and gate.is_contiguous() and up.is_contiguous() and down.is_contiguous()
+    return rows.gated_rows(x, gate, up, down, str(act)) if fits and _is_for_rows(x, gate) else None
+
+
+def is_low_rank_for_rows(y: Tensor, x: Tensor, *weights: Tensor) -> bool:
+    """Whether what a low-rank adapter of `weights` adds to y is for `rows.add_low_rank`."""
+    return (
+        is_unwatched(x)
+        and y.dtype is x.dtype
+        and y.is_contiguous()
+        and all(t.dtype is torch.float32 and t.is_contiguous() for t in weights)
+        and _is_for_rows(x, weights[0])
+    )
+
+
+def _is_alone(layer: nn.Module) -> bool:
+    """Whether nothing but its weight takes part in its output."""
+    return layer._parameters["bias"] is None and not layer._forward_hooks and not layer._forward_pre_hooks
+
+
+def is_unwatched(x: Tensor) -> bool:
+    """Whether a function of ours may be called without torch's dispatcher: nothing records, traces or simulates."""
+    return torch.is_inference_mode_enabled() and type(x) is Tensor and not torch.compiler.is_compiling()
+
+
+def _is_for_rows(x: Tensor, weight: Tensor) -> bool:
+    return (
+        torch.is_inference_mode_enabled()
+        and 0 < x.numel() <= x.shape[-1] * most_rows(x.dtype)
+        and weight.dtype in rows.TYPES
+        and x.is_cpu
+        and not is_stand_in()
+    )
+
+
 def is_widened(x: Tensor) -> bool:
     """Whether products of `x` are computed in float32 although `x` is not: its CPU has no arithmetic for its dtype."""
     narrow = x.dtype.itemsize == 2 and x.device.type == "cpu" and not cpu_computes(x.dtype)
-    return narrow and not _IS_STAND_IN.get()
+    return narrow and not is_stand_in()
+
+
+def is_stand_in() -> bool:
+    """Whether the CPU is pretending to be a GPU (`never_widened`), so that its own kernels do not count."""
+    return _IS_STAND_IN.get()
 
 
 @contextmanager
@@ -60,12 +125,14 @@ def cpu_computes(dtype: torch.dtype) -> bool:
     return True
 
 
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    if bias is None and weight.dtype == x.dtype:
-        from lorica.kernels import ops  # which has its CPU kernels from cpu.py, and that asks this module
+def _watched_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    from lorica.kernels import ops  # which has its CPU kernels from cpu.py, and that asks this module
 
-        few: Tensor = ops.linear_16bit(x, weight)
-        return few
+    result: Tensor = ops.linear_rows(x, weight, bias)
+    return result
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.linear(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
 
 
@@ -84,9 +151,9 @@ class _WidenedLinear(torch.autograd.Function):
         grad = grads[0].float()
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad
         grad_x = (grad @ weight.float()).to(grads[0].dtype) if needs_x else None
-        rows = grad.reshape(-1, grad.shape[-1])
-        grad_weight = (rows.t() @ x.reshape(-1, x.shape[-1]).float()).to(weight.dtype) if needs_weight else None
-        return grad_x, grad_weight, rows.sum(0).to(ctx.bias_dtype) if needs_bias else None
+        flat = grad.reshape(-1, grad.shape[-1])
+        grad_weight = (flat.t() @ x.reshape(-1, x.shape[-1]).float()).to(weight.dtype) if needs_weight else None
+        return grad_x, grad_weight, flat.sum(0).to(ctx.bias_dtype) if needs_bias else None
 
 
 class Linear(nn.Linear):
@@ -98,4 +165,6 @@ class Linear(nn.Linear):
         self.train(layer.training)
 
     def forward(self, input: Tensor) -> Tensor:
-        return linear(input, self.weight, self.bias)
+        # Not `self.weight`: finding parameters so takes a microsecond, which counts in decoding.
+        held = self._parameters
+        return linear(input, held["weight"], held["bias"])  # type: ignore[arg-type]

@@ -7,7 +7,7 @@ also answers on every device that has no kernels of its own. Operators of the di
 
 The codebook is an argument, so one operator serves all schemes. Only `x` has a derivative: codes are frozen. Products
 take scales that are quantised themselves as they are: `absmax` is uint8 then, and behind the other arguments stand the
-absmax of its blocks of 256, its levels and its offset. `linear_16bit` has no derivative (kernels/linear.py).
+absmax of its blocks of 256, its levels and its offset. `linear_rows` has no derivative (kernels/linear.py).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorica.kernels import cpu, reference
+from lorica.kernels import cpu, reference, rows
 
 _LIBRARY = torch.library.Library("lorica", "FRAGMENT")  # type: ignore[no-untyped-call]
 _SCHEMAS = {
@@ -31,7 +31,7 @@ _SCHEMAS = {
     " Tensor? nested=None, Tensor? levels=None, Tensor? offset=None) -> Tensor",
     "linear_4bit_input_grad": "(Tensor grad, Tensor codes, Tensor absmax, Tensor codebook, int blocksize,"
     " SymInt in_features, Tensor? nested=None, Tensor? levels=None, Tensor? offset=None) -> Tensor",
-    "linear_16bit": "(Tensor x, Tensor weight) -> Tensor",
+    "linear_rows": "(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor",
 }
 for _name in ("linear_4bit", "linear_4bit_input_grad"):
     _SCHEMAS[_name.replace("4", "8")] = _SCHEMAS[_name]
@@ -66,7 +66,7 @@ def _fake_product(
     return x.new_empty((*x.shape[:-1], features))
 
 
-def _fake_linear_16bit(x: Tensor, weight: Tensor) -> Tensor:
+def _fake_linear_rows(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
@@ -92,14 +92,14 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "linear_4bit_input_grad": _fake_product,
     "linear_8bit": _fake_product,
     "linear_8bit_input_grad": _fake_product,
-    "linear_16bit": _fake_linear_16bit,
+    "linear_rows": _fake_linear_rows,
 }
 
 for _name, _schema in _SCHEMAS.items():
     _LIBRARY.define(_name + _schema, tags=torch.Tag.pt2_compliant_tag)  # type: ignore[no-untyped-call]
     for _key, _kernel in {
         "CompositeExplicitAutograd": getattr(reference, _name),
-        "CPU": getattr(cpu, _name),
+        "CPU": getattr(rows if _name == "linear_rows" else cpu, _name),
         "CUDA": _on_cuda(_name),
     }.items():
         _LIBRARY.impl(_name, _kernel, _key)  # type: ignore[no-untyped-call]
@@ -136,4 +136,4 @@ linear_4bit = torch.ops.lorica.linear_4bit.default
 linear_4bit_input_grad = torch.ops.lorica.linear_4bit_input_grad.default
 linear_8bit = torch.ops.lorica.linear_8bit.default
 linear_8bit_input_grad = torch.ops.lorica.linear_8bit_input_grad.default
-linear_16bit = torch.ops.lorica.linear_16bit.default
+linear_rows = torch.ops.lorica.linear_rows.default

@@ -126,10 +126,10 @@ def linear_8bit_input_grad(
     return grad @ weight.reshape(grad.shape[-1], in_features)
 
 
-def linear_16bit(x: Tensor, weight: Tensor) -> Tensor:
-    """x W^T, x [..., in] and W [out, in] of one dtype, with sums in float32, or in float64 for that."""
+def linear_rows(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x W^T + b in the dtype of x: x [..., in], W [out, in], b [out]; sums in float32, or in float64 for that."""
     wide = torch.promote_types(x.dtype, torch.float32)
-    return F.linear(x.to(wide), weight.to(wide)).to(x.dtype)
+    return F.linear(x.to(wide), weight.to(wide), None if bias is None else bias.to(wide)).to(x.dtype)
 
 
 def scales(

@@ -102,7 +102,7 @@ def quantize_4bit(x: Tensor, codebook: Tensor, blocksize: int) -> tuple[Tensor, 
     bounds, order = reference.midpoints(codebook)
     codes = x.new_empty(((count + 1) // 2, 1), dtype=torch.uint8)
     absmax = x.new_empty(-(-count // blocksize), dtype=torch.float32)
-    _launch(
+    launch(
         _quantize_4bit, (len(absmax),), x, bounds, order, codes, absmax, count, reference.LEAST_ABSMAX,
         BLOCKSIZE=blocksize, HALF=blocksize // 2,
     )  # fmt: skip
@@ -115,7 +115,7 @@ def dequantize_4bit(
     if dtype is torch.float64:
         return reference.dequantize_4bit(codes, absmax, codebook, blocksize, shape, dtype)
     out, count = codes.new_empty(shape, dtype=dtype), math.prod(shape)
-    _launch(
+    launch(
         _dequantize_4bit, (triton.cdiv(count, 2 * _BYTES),), codes.contiguous(), absmax.contiguous(), codebook, out,
         count, BLOCKSIZE=blocksize, BYTES=_BYTES,
     )  # fmt: skip
@@ -127,7 +127,7 @@ def dequantize_8bit(codes: Tensor, absmax: Tensor, codebook: Tensor, blocksize: 
         return reference.dequantize_8bit(codes, absmax, codebook, blocksize, dtype)
     codes = codes.contiguous()
     out = torch.empty_like(codes, dtype=dtype)
-    _launch(
+    launch(
         _dequantize_8bit, (triton.cdiv(codes.numel(), 1024),), codes, absmax.contiguous(), codebook, out,
         codes.numel(), BLOCKSIZE=blocksize, ELEMENTS=1024,
     )  # fmt: skip
@@ -143,7 +143,7 @@ def linear_4bit(
     if num_rows > _FUSED_ROWS or x.dtype is torch.float64:
         return F.linear(x, dequantize_4bit(codes, absmax, codebook, blocksize, (out_features, in_features), x.dtype))
     y = x.new_empty((*x.shape[:-1], out_features))
-    _launch(
+    launch(
         _linear_4bit, (triton.cdiv(out_features, _OUTPUTS), num_rows), x.contiguous(), codes.contiguous(),
         absmax.contiguous(), codebook, y, in_features, out_features, BLOCKSIZE=blocksize, OUTPUTS=_OUTPUTS,
         INPUTS=_INPUTS,
@@ -176,7 +176,7 @@ def linear_8bit_input_grad(
     return grad @ dequantize_8bit(codes, absmax, codebook, blocksize, grad.dtype).reshape(grad.shape[-1], in_features)
 
 
-def _launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **sizes: int) -> None:
+def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **sizes: int) -> None:
     """On the device where the tensors are, which need not be the current one."""
     tensor = arguments[0]
     if tensor.is_cuda:

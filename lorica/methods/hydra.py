@@ -16,8 +16,8 @@ With B = 0 and equal gates all heads get the same gradient and stay one LoRA for
                    `hydra_start.py`
 
 What it gives up: gates that depend on the input are no change of weights, so only equal gates or one head can be
-merged exactly; everything else by the gates' means, which `hydra_static.py` does, and how far that is from the routed
-model is measured. Dropout acts on h, once, not on x.
+merged exactly; everything else by constants that suit some rows best, which `hydra_static.py` finds, and how far that
+is from the routed model is measured. Dropout acts on h, once, not on x.
 """
 
 from __future__ import annotations

@@ -24,7 +24,8 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from lorica.errors import NotMergeableError
-from lorica.kernels.linear import is_widened, linear
+from lorica.kernels.linear import is_low_rank_for_rows, is_widened, linear
+from lorica.kernels.rows import add_low_rank as add_low_rank_now
 from lorica.methods import inits
 from lorica.methods.hydra_sequence import Sequences, running_mean
 from lorica.methods.lora_kinds import with_parameters
@@ -102,6 +103,9 @@ class HydraLinear(Adapter):
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         y: Tensor = self.base(rows)
+        if self._is_for_rows(y, rows):
+            y = add_low_rank_now(y, rows, self.lora_a, self.lora_b, self.scale, self.router, self.options.temperature)
+            return y.view(*x.shape[:-1], y.shape[-1])
         h, logits = self._projected(rows)
         h = F.dropout(h, self.dropout, self.training)
         if logits is None:
@@ -136,6 +140,12 @@ class HydraLinear(Adapter):
         h, logits = torch.split(both, [self.rank, self.num_heads], 1)
         return h, logits
 
+    def _is_for_rows(self, y: Tensor, rows: Tensor) -> bool:
+        """Whether the kernel for decoding knows all that this adapter does."""
+        options, router = self.options, self.router
+        plain = options.router_input == "x" and options.routing == "token" and self.watch is None and not self.training
+        return plain and router is not None and is_low_rank_for_rows(y, rows, self.lora_a, self.lora_b, router)
+
     def _gates(self, logits: Tensor, shape: torch.Size, *, remember: bool) -> Tensor:
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if self.options.routing == "sequence":
@@ -154,7 +164,7 @@ class HydraLinear(Adapter):
         if self.watch is not None and not _in_backward():
             self.watch(gates.detach())
         if balances:
-            loss = balance(gates, None if self.sequences is None else self.sequences.real(len(gates)))
+            loss = balance(gates, None if self.sequences is None else self.sequences.counted(len(gates)))
             # Activation checkpointing computes it again as it was, but kept it would keep its whole layer alive.
             if not _in_backward():
                 self._balance = loss
@@ -179,8 +189,8 @@ class HydraLinear(Adapter):
         if self.is_routed:
             raise NotMergeableError(
                 f"The gates of {self.num_heads} heads depend on the input, so no change of the base's weights computes "
-                "the same. `lorica adapter static RUN --rows ROWS --output FOLDER` takes their means over rows, "
-                "writes a stock LoRA, which can be merged, and says how far it is from the routed model."
+                "the same. `lorica adapter static RUN --rows ROWS --output FOLDER` weights the heads as suits rows "
+                "best, writes a stock LoRA, which can be merged, and says how far it is from the routed model."
             )
         delta = self.scale * (self._mean_head() @ self.lora_a)
         weight = self.weight.detach()

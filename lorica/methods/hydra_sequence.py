@@ -56,12 +56,14 @@ class Tokens:
     """What the model was called on.
 
     shape: B and T. starts: the first token of each token's sample [B, T], None where a row is a sample. real: [B, T],
-    False for padding; None where all are real. past: sums of what a KV cache holds. keeps: whether to keep sums on.
+    False for padding; None where all are real. counted: likewise, False for the filler of a packed row too. past: sums
+    of what a KV cache holds. keeps: whether to keep sums on.
     """
 
     shape: tuple[int, int]
     starts: Tensor | None
     real: Tensor | None
+    counted: Tensor | None
     past: PastGates
     keeps: bool
 
@@ -89,10 +91,10 @@ class Sequences:
         for hook in self._hooks:
             hook.remove()
 
-    def real(self, num_rows: int) -> Tensor | None:
-        """Which of a layer's rows are no padding, [num_rows]; None: all, or nobody knows."""
-        real = None if self._tokens is None else self._tokens.real
-        return None if real is None or real.numel() != num_rows else real.flatten()
+    def counted(self, num_rows: int) -> Tensor | None:
+        """Which of a layer's rows are neither padding nor filler, [num_rows]; None: all, or nobody knows."""
+        counted = None if self._tokens is None else self._tokens.counted
+        return None if counted is None or counted.numel() != num_rows else counted.flatten()
 
     def running_mean(self, logits: Tensor, name: str, remember: bool) -> Tensor:
         """As the function, for the rows [B T, N] of the layer at `name`; with `remember` a KV cache gets their sums.
@@ -133,19 +135,23 @@ def _tokens(given: Mapping[str, Any]) -> Tokens:
     if mask is not None and (not torch.is_tensor(mask) or mask.dim() != 2):
         raise ConfigError("hydra: routing sequence needs an attention_mask of shape [rows, tokens], or none.")
     real = None if mask is None else mask[:, -length:].to(device=read.device, dtype=torch.bool)
-    starts = None
+    starts, positions, counted = None, given.get("position_ids"), real
     if (borders := given.get("cu_seq_lens_q")) is not None:
         borders = borders.to(read.device, torch.long)
         places = torch.arange(length, device=read.device)
         starts = borders[torch.bucketize(places, borders[1:], right=True)][None]
-    elif (positions := given.get("position_ids")) is not None and mask is None and cache is None:
+        if positions is not None:
+            # `data/packing.py` fills a row up with a last sample that stays at one position. A real one of one token
+            # looks like it, and has nothing to learn from.
+            counted = (places < borders[-2]) | (positions[:, -1:] != positions.gather(1, borders[-2:-1][None]))
+    elif positions is not None and mask is None and cache is None:
         # As transformers tells packed samples apart where nothing else does.
         positions = positions.expand(batch, -1)
         is_first = torch.cat([positions.new_ones(batch, 1), positions.diff(dim=1) != 1], 1).bool()
         places = torch.arange(length, device=read.device)
         starts = torch.where(is_first, places, 0).cummax(1).values
     past = PastGates.of(cache)
-    return Tokens((batch, length), starts, real, past, given.get("use_cache") is not False)
+    return Tokens((batch, length), starts, real, counted, past, given.get("use_cache") is not False)
 
 
 class PastGates(CacheLayerMixin):  # type: ignore[misc]

@@ -27,7 +27,8 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from lorica.errors import NotMergeableError
-from lorica.kernels.linear import linear
+from lorica.kernels.linear import is_low_rank_for_rows, linear
+from lorica.kernels.rows import add_low_rank as add_low_rank_now
 from lorica.methods import inits
 from lorica.methods.low_rank import add_low_rank
 from lorica.methods.method import Adapter
@@ -252,6 +253,8 @@ class LoraLinear(LoraAdapter):
         added = self.added_bias()
         if added is not None:
             y = y.add_(added.to(y.dtype))
+        if not self.training and is_low_rank_for_rows(y, rows, lora_a, lora_b):
+            return add_low_rank_now(y, rows, lora_a, lora_b, self.scale).view(*x.shape[:-1], y.shape[-1])
         h = linear(F.dropout(rows, self.dropout, self.training), lora_a)
         return add_low_rank(y, h, lora_b, self.scale).view(*x.shape[:-1], y.shape[-1])
 

@@ -9,6 +9,7 @@ import difflib
 import re
 from collections.abc import Collection, Iterable, Mapping
 
+import torch
 from torch import nn
 
 from lorica.errors import TargetError
@@ -27,7 +28,7 @@ def resolve_targets(model: nn.Module, options: MethodOptions, beside: Collection
         TargetError: for every pattern that matches nothing that can be wrapped, or a module of `beside`.
     """
     candidates = options.candidates(model)
-    for name in read_but_not_called(model):
+    for name in (*read_but_not_called(model), *_linear_in_name_only(options, candidates)):
         candidates.pop(name, None)
     targets = options.patterns()
     patterns = (targets,) if isinstance(targets, str) else targets
@@ -110,6 +111,31 @@ def read_but_not_called(model: nn.Module) -> list[str]:
         if isinstance(module, kind)
         for child in children
     ]
+
+
+def _linear_in_name_only(options: MethodOptions, candidates: Mapping[str, nn.Module]) -> list[str]:
+    """Layers made from nn.Linear that give something else than a row for each row, as the router of Llama 4 does.
+
+    A class that has a `forward` of its own is tried once, for some are linear all the same. Methods that take every
+    module call it as it is.
+    """
+    if nn.Module in options.other_kinds:
+        return []
+    is_linear: dict[type[nn.Module], bool] = {}
+    for module in candidates.values():
+        kind = type(module)
+        if isinstance(module, nn.Linear) and kind.forward is not nn.Linear.forward and kind not in is_linear:
+            is_linear[kind] = kind.__module__.startswith("lorica.") or _gives_rows(module)
+    return [name for name, module in candidates.items() if not is_linear.get(type(module), True)]
+
+
+def _gives_rows(layer: nn.Linear) -> bool:
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        try:
+            out: object = layer.forward(layer.weight.new_zeros(2, layer.in_features))
+        except (IndexError, RuntimeError, TypeError, ValueError):
+            return False
+    return isinstance(out, torch.Tensor) and out.shape == (2, layer.out_features)
 
 
 def _output_head(model: nn.Module) -> nn.Module | None:

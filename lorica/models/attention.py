@@ -1,6 +1,7 @@
 """Which architectures can train on packed batches with our attention: asked of the architecture, not of its name.
 
 `packing_support` runs it on fake tensors, which have no memory, with an attention function that records what arrives.
+Of a classifier only the body is asked; `classifier.py` shows its head rows.
 """
 
 from __future__ import annotations
@@ -12,25 +13,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedConfig
+from transformers import AttentionInterface, PretrainedConfig
 from transformers.masking_utils import AttentionMaskInterface
 
 from lorica.kernels.attention import mask
+from lorica.models.classifier import layers_of
+from lorica.models.tasks import CAUSAL, Task
 
 _RECORDER = "lorica_recorder"
 
 
-def packing_support(config: PretrainedConfig) -> str | None:
-    """None if this architecture can train on packed batches with our attention; else the reason why not.
+def packing_support(config: PretrainedConfig, task: Task = CAUSAL) -> str | None:
+    """None if this architecture can train for `task` on packed batches with our attention; else the reason why not.
 
     The architecture runs once on fake tensors (no weights, tens of milliseconds) with an attention function that only
     records: every layer must call it, hand over `cu_seqlens`, and hand over its sliding window where the config has
-    one.
+    one. A classifier's layers must follow one another, and what looks both ways must say so and have no window.
     """
     calls: list[dict[str, Any]] = []
 
     def record(module: nn.Module, query: Tensor, *_: Any, **kwargs: Any) -> tuple[Tensor, None]:
-        calls.append(kwargs)
+        calls.append({**kwargs, "is_causal": getattr(module, "is_causal", None)})
         return query.transpose(1, 2).contiguous(), None
 
     AttentionInterface.register(_RECORDER, record)
@@ -40,15 +43,27 @@ def packing_support(config: PretrainedConfig) -> str | None:
     try:
         with FakeTensorMode(allow_non_fake_inputs=True), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            model = AutoModelForCausalLM.from_config(
+            model = task.auto.from_config(
                 copy.deepcopy(config), attn_implementation=_RECORDER, dtype=torch.bfloat16
-            )
+            ).eval()
             ids = torch.zeros(1, 5, dtype=torch.long)
-            model.eval()(input_ids=ids, position_ids=torch.zeros_like(ids), use_cache=False, **packed)
+            asked = model if task is CAUSAL else model.base_model
+            asked(input_ids=ids, position_ids=torch.zeros_like(ids), use_cache=False, **packed)
     except Exception as error:
         # An architecture fails here in whatever way it likes; the reason is shown, and padded batches always work.
         return f"it does not run with a custom attention function ({type(error).__name__}: {str(error)[:120]})"
-    return _missing(calls, config)
+    return _missing(calls, config) or (None if task is CAUSAL else _unfit_for_rows(calls, len(layers_of(model))))
+
+
+def _unfit_for_rows(calls: list[dict[str, Any]], num_layers: int) -> str | None:
+    """Why a classifier cannot pack though its attention could."""
+    if num_layers != len(calls):
+        return f"its {len(calls)} calls of attention come from {num_layers} layers"
+    if any(call["is_causal"] is None for call in calls):
+        return "its layers do not say whether they look both ways"
+    if any(not call["is_causal"] and call.get("sliding_window") is not None for call in calls):
+        return "its layers look both ways through a window"
+    return None
 
 
 def _missing(calls: list[dict[str, Any]], config: PretrainedConfig) -> str | None:

@@ -17,26 +17,35 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.nn import functional as F
+
+from lorica.kernels import cpu_layers
+from lorica.kernels.linear import gated, is_unwatched
 
 
 class RMSNorm(nn.Module):
     """weight * x / sqrt(mean(x^2) + eps) over the last dimension (arXiv 1910.07467), the quotient in float32.
 
+    With `plus_one` the factor is 1 + weight, in float32 as well (Gemma).
+
     Shapes: x [..., E], weight [E].
     """
 
-    def __init__(self, weight: nn.Parameter, eps: float) -> None:
+    def __init__(self, weight: nn.Parameter, eps: float, plus_one: bool = False) -> None:
         super().__init__()
         self.weight = weight
         self.eps = eps
+        self.plus_one = plus_one
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        result: Tensor = _RMSNorm.apply(hidden_states, self.weight, self.eps)  # type: ignore[no-untyped-call]
+    def forward(self, x: Tensor) -> Tensor:
+        if is_unwatched(x) and cpu_layers.takes(x, self.weight):
+            return cpu_layers.rms_norm_now(x, self.weight, self.eps, self.plus_one)
+        result: Tensor = _RMSNorm.apply(x, self.weight, self.eps, self.plus_one)  # type: ignore[no-untyped-call]
         return result
 
     def extra_repr(self) -> str:
@@ -45,24 +54,36 @@ class RMSNorm(nn.Module):
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        wide = x.to(torch.float32, copy=True)
-        scale = wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, plus_one: bool) -> Tensor:
+        ctx.plus_one, ctx.takes = plus_one, cpu_layers.takes(x, weight)
+        out: Tensor
+        if ctx.takes:
+            out, scale = cpu_layers.rms_norm(x, weight, eps, plus_one)
+        else:
+            wide = x.to(torch.float32, copy=True)
+            scale = wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+            wide.mul_(scale)
+            out = wide.mul_(weight.float() + 1).to(x.dtype) if plus_one else weight * wide.to(x.dtype)
         ctx.save_for_backward(x, weight, scale)
-        return weight * wide.mul_(scale).to(x.dtype)
+        return out
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         x, weight, scale = ctx.saved_tensors
-        normed = x.to(torch.float32, copy=True).mul_(scale)
+        (grad,) = grads
+        needs_x, needs_weight = ctx.needs_input_grad[:2]
         grad_x = grad_weight = None
-        if ctx.needs_input_grad[1]:
-            grad_weight = (grads[0] * normed).flatten(0, -2).sum(0).to(weight.dtype)
-        if ctx.needs_input_grad[0]:
-            inner = (grads[0] * weight).float()
-            along = (inner * normed).mean(-1, keepdim=True)
-            grad_x = inner.sub_(normed.mul_(along)).mul_(scale).to(x.dtype)
-        return grad_x, grad_weight, None
+        if needs_x and ctx.takes:
+            grad_x = cpu_layers.rms_norm_backward(grad, x, weight, scale, ctx.plus_one)
+        if needs_weight or (needs_x and not ctx.takes):
+            normed = x.to(torch.float32, copy=True).mul_(scale)
+            if needs_weight:
+                grad_weight = (grad * normed).flatten(0, -2).sum(0).to(weight.dtype)
+            if grad_x is None and needs_x:
+                inner = grad.float() * (weight.float() + 1 if ctx.plus_one else weight)
+                along = (inner * normed).mean(-1, keepdim=True)
+                grad_x = inner.sub_(normed.mul_(along)).mul_(scale).to(x.dtype)
+        return grad_x, grad_weight, None, None
 
 
 class GatedMLP(nn.Module):
@@ -74,17 +95,40 @@ class GatedMLP(nn.Module):
     def __init__(self, gate_proj: nn.Module, up_proj: nn.Module, down_proj: nn.Module, act_fn: nn.Module) -> None:
         super().__init__()
         self.gate_proj, self.up_proj, self.down_proj, self.act_fn = gate_proj, up_proj, down_proj, act_fn
+        self.act = _known_act(act_fn)
 
     def forward(self, x: Tensor) -> Tensor:
+        decoded = gated(x, (self.gate_proj, self.up_proj, self.down_proj), self.act)
+        if decoded is not None:
+            return decoded
         gate, up = self.gate_proj(x), self.up_proj(x)
-        product: Tensor = _Gated.apply(gate, up, self.act_fn)  # type: ignore[no-untyped-call]
-        with _made_again(product, partial(_gated, gate.detach(), up.detach(), self.act_fn)):
+        act = self.act if self.act is not None and cpu_layers.takes(gate, up) else self.act_fn
+        if is_unwatched(x):
+            return cast(Tensor, self.down_proj(_gated(gate, up, act)))
+        product: Tensor = _Gated.apply(gate, up, act)  # type: ignore[no-untyped-call]
+        with _made_again(product, partial(_gated, gate.detach(), up.detach(), act)):
             out: Tensor = self.down_proj(product)
         return out
 
 
-def _gated(gate: Tensor, up: Tensor, act: nn.Module) -> Tensor:
+def _known_act(act: nn.Module) -> str | None:
+    """The one of the compiled activations that `act` is, or None."""
+    with _real_tensors():
+        x = torch.linspace(-6, 6, 49)
+        known = {"silu": F.silu(x), "gelu_tanh": F.gelu(x, approximate="tanh")}
+        try:
+            got = act(x)
+        except Exception:
+            # One with parameters of its own, perhaps on another device.
+            return None
+        return next((name for name, want in known.items() if torch.allclose(got, want, rtol=0, atol=1e-6)), None)
+
+
+def _gated(gate: Tensor, up: Tensor, act: nn.Module | str) -> Tensor:
+    """act(gate) * up; a name of an activation stands for the compiled kernel."""
     with torch.no_grad():
+        if isinstance(act, str):
+            return cast(Tensor, (cpu_layers.gate_now if is_unwatched(gate) else cpu_layers.gate)(gate, up, act))
         result: Tensor = act(gate)
         # Never in place on the gate itself: an activation may be the identity.
         return result * up if result is gate else result.mul_(up)
@@ -92,7 +136,7 @@ def _gated(gate: Tensor, up: Tensor, act: nn.Module) -> Tensor:
 
 class _Gated(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor, act: nn.Module) -> Tensor:
+    def forward(ctx: Any, gate: Tensor, up: Tensor, act: nn.Module | str) -> Tensor:
         ctx.save_for_backward(gate, up)
         ctx.act = act
         return _gated(gate, up, act)
@@ -100,6 +144,8 @@ class _Gated(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
         gate, up = ctx.saved_tensors
+        if isinstance(ctx.act, str):
+            return *cpu_layers.gate_backward(grads[0], gate, up, ctx.act), None
         with torch.enable_grad():
             gate = gate.detach().requires_grad_()
             active = ctx.act(gate)
@@ -142,8 +188,9 @@ def use_lean_layers(model: nn.Module) -> None:
 def _replacement(module: nn.Module) -> nn.Module | None:
     children, parameters = dict(module.named_children()), dict(module.named_parameters(recurse=False))
     # mypy takes a class for no Hashable where its instances define a hash of their own.
-    if not children and set(parameters) == {"weight"} and _is_rms_norm(type(module)):  # type: ignore[arg-type]
-        return RMSNorm(parameters["weight"], _eps(module))
+    if not children and set(parameters) == {"weight"} and parameters["weight"].ndim == 1:
+        plus_one = _is_rms_norm(type(module))  # type: ignore[arg-type]
+        return None if plus_one is None else RMSNorm(parameters["weight"], _eps(module), plus_one)
     gated = set(children) == {"gate_proj", "up_proj", "down_proj", "act_fn"} and not parameters
     return GatedMLP(**children) if gated and _is_gated(type(module)) else None  # type: ignore[arg-type]
 
@@ -156,10 +203,14 @@ def _eps(module: nn.Module) -> float:
 
 
 @cache
-def _is_rms_norm(kind: type[nn.Module]) -> bool:
+def _is_rms_norm(kind: type[nn.Module]) -> bool | None:
+    """`plus_one` of the RMSNorm that computes what `kind` does; None where none does."""
     with _real_tensors():
-        weight = nn.Parameter(torch.tensor([0.5, -1.0, 2.0, 1.5]))
-        return _computes(kind, RMSNorm(weight, 0.25), weight=weight, **dict.fromkeys(_EPS_NAMES, 0.25))
+        for plus_one in (False, True):
+            weight = nn.Parameter(torch.tensor([0.5, -1.0, 2.0, 1.5]))
+            if _computes(kind, RMSNorm(weight, 0.25, plus_one), weight=weight, **dict.fromkeys(_EPS_NAMES, 0.25)):
+                return plus_one
+    return None
 
 
 @cache

@@ -30,7 +30,7 @@ from lorica.assets import embedded_base
 from lorica.errors import ModelError, TargetError
 from lorica.files import read_json_object
 from lorica.kernels import attention
-from lorica.kernels.linear import Linear, cpu_computes, is_widened
+from lorica.kernels.linear import Linear, cpu_computes
 from lorica.models.lean import use_lean_layers
 from lorica.models.tasks import CLASSIFICATION, choose_task, head_modules, is_encoder, own_labels, set_labels
 from lorica.quant.linear import layers as quantized_layers
@@ -175,15 +175,16 @@ def _renew_head(model: PreTrainedModel) -> None:
 def equip(model: PreTrainedModel) -> PreTrainedModel:
     """Give `model`, in place, what makes it train faster and in less memory, and return it: `load_model` does it.
 
-    Our attention where the architecture allows it, layers that keep less for backward, and float32 products where the
-    model is in a 16-bit type that its CPU cannot compute in. Parameters, their names and outputs stay what they were.
+    Our attention where the architecture allows it, layers that keep less for backward, float32 products where the model
+    is in a 16-bit type that its CPU cannot compute in, and products of few rows for decoding. Parameters, their names
+    and outputs stay what they were.
     """
     attention.register()
     if model._can_set_attn_implementation():
         model.set_attn_implementation(attention.NAME)
     use_lean_layers(model)
     for name, module in list(model.named_modules()):
-        if type(module) is nn.Linear and is_widened(module.weight):
+        if type(module) is nn.Linear and module.weight.is_cpu and module.weight.dtype in DTYPES.values():
             model.set_submodule(name, Linear(module))
     return model
 

@@ -4,7 +4,7 @@ The model runs up to its last hidden states; only the positions that are trained
 hundred at a time, and each chunk's gradient is taken on the spot, so what survives a chunk is one gradient of the
 hidden states (Cut Cross-Entropy, arXiv 2411.09009, and Liger, arXiv 2410.10989, keep as little; theirs are CUDA
 kernels). With a vocabulary of 49,152 and 2,048 tokens that replaces 400 MB of float32 logits, and as much again for
-their gradient, by one chunk of 64 MB.
+their gradient, by one chunk of 64 MB, whose logits become their own gradient (kernels/cross_entropy.py).
 
 What a model does to its logits after the head (scaling, soft-capping) is checked, not trusted: `make_loss` compares
 with the model's own logits once, on a few tokens. Where nothing matches, the model computes its logits itself, at the
@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
@@ -27,6 +28,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from lorica.kernels.cross_entropy import cross_entropy_
+from lorica.kernels.linear import is_widened
+from lorica.models.classifier import packed_exit, row_logits
 from lorica.models.tasks import CLASSIFICATION, task_of
 
 IGNORED = -100
@@ -41,9 +45,24 @@ For a classifier [B]: the class of each row.
 """
 
 
+@dataclass(frozen=True)
+class PostProcessing:
+    """What a model does to its logits x: cap tanh(scale x / cap), or scale x."""
+
+    scale: float = 1.0
+    cap: float | None = None
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        """As a model does it, in the logits' dtype."""
+        logits = logits if self.scale == 1.0 else logits * self.scale
+        return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
+
+
 def make_loss(model: PreTrainedModel) -> LossFunction:
     """The loss for `model`: from its hidden states where that provably equals its own logits, else from its logits."""
     if task_of(model) is CLASSIFICATION:
+        # Tried before there are adapters in it.
+        packed_exit(model)
         return class_loss
     head = model.get_output_embeddings()
     if head is None:
@@ -56,7 +75,7 @@ def make_loss(model: PreTrainedModel) -> LossFunction:
     return logits_loss
 
 
-def _hidden_states_loss(after: Callable[[Tensor], Tensor]) -> LossFunction:
+def _hidden_states_loss(after: PostProcessing) -> LossFunction:
     def loss(model: PreTrainedModel, inputs: Mapping[str, Any], targets: Tensor) -> Tensor:
         hidden = _last_hidden_state(model, inputs)
         assert hidden is not None
@@ -68,7 +87,7 @@ def _hidden_states_loss(after: Callable[[Tensor], Tensor]) -> LossFunction:
 
 def class_loss(model: PreTrainedModel, inputs: Mapping[str, Any], targets: Tensor) -> Tensor:
     """Sum over the rows of -log softmax(logits)[class], by a classifier's own forward."""
-    logits = model(**inputs).logits
+    logits = row_logits(model, inputs, len(targets))
     return F.cross_entropy(logits.float(), targets.to(logits.device), reduction="sum")
 
 
@@ -83,25 +102,24 @@ def logits_loss(model: PreTrainedModel, inputs: Mapping[str, Any], targets: Tens
 
 
 def chunked_cross_entropy(
-    hidden: Tensor, targets: Tensor, head: nn.Module, after: Callable[[Tensor], Tensor] | None = None
+    hidden: Tensor, targets: Tensor, head: nn.Module, after: PostProcessing = PostProcessing()
 ) -> Tensor:
-    """Sum of -log softmax(after(head(hidden)))[target] over the rows.
+    """Sum of -log softmax(after(head(hidden)))[target] over the rows; the softmax and `after` in float32.
 
     Args:
         hidden: [N, E], any float dtype.
-        targets: [N] int64, each in [0, V).
-        head: gives [n, V] from [n, E]; an adapter or a trainable layer is trained along.
-        after: what the model does to its logits, or None.
+        targets: [N] int64, each in [0, V), or IGNORED where nothing is trained.
+        head: gives [n, V] from [n, E], a tensor of its own; an adapter or a trainable layer is trained along.
 
     Returns:
         float32 scalar; zero for N = 0. The gradient reaches `hidden` and the head's trainable parameters.
     """
-    whole = head if after is None else lambda rows: after(head(rows))
     vocabulary = cast(Tensor, head.weight).shape[0]
-    # A whole number of `_ROUND_TO`, to which the head's input is filled up.
-    chunk = max(1, _CHUNK_BYTES // (8 * vocabulary * _ROUND_TO)) * _ROUND_TO
+    # The logits, which become their gradient; where products are widened, one of both in float32 for a moment as well.
+    row_bytes = vocabulary * (hidden.dtype.itemsize + (4 if is_widened(hidden) else 0))
+    chunk = max(1, _CHUNK_BYTES // (row_bytes * _ROUND_TO)) * _ROUND_TO
     parameters = [p for p in head.parameters() if p.requires_grad] if torch.is_grad_enabled() else []
-    loss: Tensor = _ChunkedCrossEntropy.apply(hidden, targets, whole, chunk, *parameters)  # type: ignore[no-untyped-call]
+    loss: Tensor = _ChunkedCrossEntropy.apply(hidden, targets, head, after, chunk, *parameters)  # type: ignore[no-untyped-call]
     return loss
 
 
@@ -110,7 +128,13 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, targets: Tensor, head: Callable[[Tensor], Tensor], chunk: int, *parameters: Tensor
+        ctx: Any,
+        hidden: Tensor,
+        targets: Tensor,
+        head: nn.Module,
+        after: PostProcessing,
+        chunk: int,
+        *parameters: Tensor,
     ) -> Tensor:
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         wants_hidden = ctx.needs_input_grad[0]
@@ -118,20 +142,22 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
         grads = [torch.zeros_like(p) for p in parameters]
         for begin in range(0, hidden.shape[0], chunk):
-            rows = hidden[begin : begin + chunk].detach().requires_grad_(wants_hidden)
+            rows, wanted = hidden[begin : begin + chunk].detach(), targets[begin : begin + chunk]
+            if filler := -rows.shape[0] % _ROUND_TO:
+                # Matrix kernels are built and kept by shape.
+                rows, wanted = F.pad(rows, (0, 0, 0, filler)), F.pad(wanted, (0, filler), value=IGNORED)
+            rows.requires_grad_(wants_hidden)
             with torch.set_grad_enabled(wants):
-                # The last chunk is rounded up: matrix kernels are built and kept by shape.
-                logits = head(F.pad(rows, (0, 0, 0, -rows.shape[0] % _ROUND_TO)))[: rows.shape[0]]
-            loss, grad_logits = _softmax_cross_entropy(logits.detach(), targets[begin : begin + chunk], wants)
-            total += loss
+                logits = head(rows)
+            gradient = logits.detach().contiguous()
+            total += cross_entropy_(gradient, wanted, scale=after.scale, cap=after.cap, with_gradient=wants).sum()
             inputs = ([rows] if wants_hidden else []) + list(parameters)
-            found = [] if grad_logits is None else list(torch.autograd.grad(logits, inputs, grad_logits))
+            found = list(torch.autograd.grad(logits, inputs, gradient)) if wants else []
             # Or they would be there beside the next chunk's.
-            del logits, grad_logits
-            if not found:
-                continue
+            del logits, gradient
             if grad_hidden is not None:
-                grad_hidden[begin : begin + chunk] = found.pop(0)
+                part = found.pop(0)
+                grad_hidden[begin : begin + chunk] = part[: len(part) - filler]
             for grad, part in zip(grads, found, strict=True):
                 grad += part
         ctx.grads = (grad_hidden, *grads)
@@ -140,20 +166,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, *grads = (None if g is None else g * grad_outputs[0].to(g.dtype) for g in ctx.grads)
-        return (grad_hidden, None, None, None, *grads)
-
-
-def _softmax_cross_entropy(logits: Tensor, targets: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
-    """Sum of losses, and softmax - onehot in the logits' dtype; the arithmetic is float32, in one buffer."""
-    rows = logits.to(torch.float32, copy=True)
-    log_sum = rows.logsumexp(-1, keepdim=True)
-    at = targets[:, None]
-    loss = (log_sum - rows.gather(1, at)).sum()
-    if not with_gradient:
-        return loss, None
-    rows.sub_(log_sum).exp_()
-    rows.scatter_add_(1, at, torch.full_like(at, -1, dtype=torch.float32))
-    return loss, rows.to(logits.dtype)
+        return (grad_hidden, None, None, None, None, *grads)
 
 
 def _head(model: PreTrainedModel) -> nn.Module:
@@ -182,28 +195,22 @@ def _last_hidden_state(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Ten
     return getattr(output, "last_hidden_state", None)
 
 
-def _post_processing(model: PreTrainedModel) -> list[Callable[[Tensor], Tensor]]:
+def _post_processing(model: PreTrainedModel) -> list[PostProcessing]:
     """What this model may do to its logits, the likeliest first: read off the config, to be checked by `_agrees`."""
     config = model.config.get_text_config()
     caps = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
     factors = ("logit_scale", "lm_head_multiplier", "logits_scaling")
     cap = next((v for v in (getattr(config, key, None) for key in caps) if v), None)
     factor = next((v for v in (getattr(config, key, None) for key in factors) if v), None)
-
-    def capped(logits: Tensor, factor: float = 1.0) -> Tensor:
-        logits = logits if factor == 1.0 else logits * factor
-        return logits if cap is None else cap * torch.tanh(logits / cap)
-
+    scales = [1.0] if factor is None else [factor, 1.0 / factor, 1.0]
     if factor is None and model.config.is_encoder_decoder and getattr(config, "d_model", None):
         # T5 with a head tied to its embedding scales what goes into it, which is the same.
-        return [lambda logits: capped(logits, config.d_model**-0.5), capped]
-    if factor is None:
-        return [capped]
-    return [lambda logits: capped(logits, factor), lambda logits: capped(logits, 1.0 / factor), capped]
+        scales = [config.d_model**-0.5, 1.0]
+    return [PostProcessing(scale, cap) for scale in scales]
 
 
 @torch.no_grad()
-def _agrees(model: PreTrainedModel, after: Callable[[Tensor], Tensor]) -> bool:
+def _agrees(model: PreTrainedModel, after: PostProcessing) -> bool:
     """Do hidden states, head and `after` give the model's own logits on seven tokens?"""
     vocabulary = model.get_input_embeddings().weight.shape[0]
     ids = torch.arange(7, device=model.device)[None] * 37 % vocabulary

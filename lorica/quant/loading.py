@@ -117,7 +117,10 @@ def dequantize(model: Model) -> Model:
 def quantize_skeleton(
     model: PreTrainedModel, quant: str | None, double_quant: bool, method: Method | None = None
 ) -> None:
-    """Give `model`, made without a checkpoint, the quantised layers, without contents, that `load_model` gives it."""
+    """Give `model`, made without a checkpoint, the quantised layers, without contents, that `load_model` gives it.
+
+    ModelError where it has nothing to quantise.
+    """
     arguments = loading_arguments(type(model).__name__, model.config, quant, double_quant, method)
     saved: Any = getattr(model.config, "quantization_config", None)
     wanted = arguments.get("quantization_config") or (saved and QuantConfig.from_dict(saved))
@@ -138,6 +141,11 @@ def _put_layers(model: PreTrainedModel, wanted: QuantConfig) -> None:
     found: dict[str, nn.Module | nn.Parameter] = {**quantizable(model, skip)}
     if wanted.experts or not wanted.is_stored:
         found |= expert_parameters(model, skip)
+    if not found:
+        raise ModelError(
+            f"{type(model).__name__} holds no weight that could be quantised, which model.quant or its own config.json "
+            "asks for: leave model.quant null."
+        )
     for name, plain in found.items():
         _put(model, name, _empty(plain, wanted.scheme, wanted.double_quant))
     menders = {} if wanted.method is None else wanted.method.menders(model)
@@ -286,7 +294,14 @@ class Quantizer(HfQuantizer):  # type: ignore[misc]
         return WeightConverter(sources, f".{name}", [_Deserialize(self)])
 
     def is_serializable(self) -> bool:
-        return self.quantization_config.scheme in OF_BITSANDBYTES
+        """Asked before anything is written."""
+        scheme = self.quantization_config.scheme
+        if scheme not in OF_BITSANDBYTES:
+            raise ModelError(
+                f"A model quantised to {scheme} cannot be saved: files hold {' and '.join(OF_BITSANDBYTES)} alone. "
+                "Save the base, or the adapter, and quantise it when it is loaded."
+            )
+        return True
 
     @property
     def is_trainable(self) -> bool:

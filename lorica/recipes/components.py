@@ -1,7 +1,7 @@
 """`lorica components`: which kinds of rows the data consists of, with a table, a map and a JSON file.
 
-What counts is the whole row: the texts of all its turns, since a component is a kind of task, and a task shows in its
-question as in its answer. The rows are read a few times instead of being held, so a file may be larger than memory.
+What counts is the whole row but a system prompt: a component is a kind of task, and a task shows in its question as in
+its answer. The rows are read a few times instead of being held, so a file may be larger than memory.
 """
 
 from __future__ import annotations
@@ -121,8 +121,12 @@ def components(
 
 
 def text_of(example: Example) -> str:
-    """The text that a row is judged by: its plain text, or the contents of all its turns."""
-    parts = [message.content for message in example.messages] or [example.text or "", example.text_pair or ""]
+    """The text that a row is judged by: its plain text, or the contents of its turns.
+
+    A system prompt is left out: most corpora have one for all rows, and next to it their kinds would look alike.
+    """
+    turns = [message.content for message in example.messages if message.role != "system"]
+    parts = turns or [message.content for message in example.messages] or [example.text or "", example.text_pair or ""]
     return "\n".join(part[:MAX_MESSAGE_CHARS] for part in parts)
 
 

@@ -47,8 +47,8 @@ def merge(run: str | Path, output: str | Path, overrides: Sequence[str] = ()) ->
     """Merge the adapter of `run` (a run folder or an adapter folder) into a new folder `output`.
 
     What was trained over quantised weights is merged into those that they were made of; what began as their error
-    (init loftq), into what they are dequantised to. With the override `model.quant=nf4` it is merged into quantised
-    ones, which loses much of it; how much is measured and said.
+    (init loftq), into what they are dequantised to. With an override such as `model.quant=nf4` it is merged into
+    quantised ones, which loses much of it; how much is measured and said.
 
     Args:
         overrides: `section.key=value`, on top of the run's config.yaml; of the section `model` where there is none.
@@ -77,7 +77,7 @@ def merge(run: str | Path, output: str | Path, overrides: Sequence[str] = ()) ->
     if drift is not None:
         console.log(
             f"Warning: quantised again, the weights (|w| {drift.weight:.2g} on average) moved by {drift.error:.2g}; "
-            f"the adapter moves them by {drift.change:.2g}. Without model.quant=nf4 they are merged into the original."
+            f"the adapter moves them by {drift.change:.2g}. Without model.quant they are merged into the original."
         )
     elif proof.kept < WORTH_A_WARNING:
         console.log(

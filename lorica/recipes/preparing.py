@@ -28,12 +28,16 @@ from lorica.recipes.tasks import AnyRenderer, RunTask, run_task
 
 @dataclass(frozen=True)
 class PreparedRun:
-    """The data of a run: samples as tokens, and the rows that they come from in the same order."""
+    """The data of a run: samples as tokens, and the rows that they come from in the same order.
+
+    padding: as a sentence, why the batches are padded; None where they are packed.
+    """
 
     tokenizer: PreTrainedTokenizerBase
     task: RunTask
     renderer: AnyRenderer
     layout: Layout
+    padding: str | None
     train: TokenizedDataset
     train_examples: list[Example]
     eval: TokenizedDataset | None
@@ -93,7 +97,7 @@ def prepare(config: RunConfig, labels: Sequence[str] = ()) -> PreparedRun:
     task = run_task(config, base)
     tokenizer = load_tokenizer(config.model.base, revision=config.model.revision)
     renderer = task.renderer(config, tokenizer, base, labels)
-    layout, _ = task.layout(config, base, tokenizer)
+    layout, padding = task.layout(config, base, tokenizer)
     loaded = load_rows(config, task, renderer, data.train, data.split)
     faults = list(loaded.faults)
     train, train_examples = loaded.dataset, loaded.examples
@@ -115,7 +119,17 @@ def prepare(config: RunConfig, labels: Sequence[str] = ()) -> PreparedRun:
             f"is {shared.examples[0][0]}: the evaluation loss will look better than it is."
         )
     return PreparedRun(
-        tokenizer, task, renderer, layout, train, train_examples, evaluation, eval_examples, faults, loaded.format
+        tokenizer,
+        task,
+        renderer,
+        layout,
+        padding,
+        train,
+        train_examples,
+        evaluation,
+        eval_examples,
+        faults,
+        loaded.format,
     )
 
 

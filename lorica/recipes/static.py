@@ -1,7 +1,8 @@
-"""`lorica adapter static`: a HydraLoRA adapter as a stock LoRA, with its gates held at their means over rows.
+"""`lorica adapter static`: a HydraLoRA adapter as a stock LoRA, its heads weighted as suits the tokens of rows best.
 
-Half of the rows gives the means, the other half, every second row, says what that costs: the divergence of the logits
-from the routed model's, beside the divergence of the base from it. The folder is read back before it gets its name.
+Half of the rows gives the weights, the other half, every second row, says what that costs: the divergence of the logits
+from the routed model's, beside the divergences of plain mean gates and of the base. The folder is read back before it
+gets its name.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from lorica.files import whole_folder
 from lorica.interop.peft import load_adapter, save_adapter
 from lorica.methods.attach import adapters, detach, with_merged
 from lorica.methods.hydra_linear import HydraLinear
-from lorica.methods.hydra_static import mean_gates, to_lora
+from lorica.methods.hydra_static import calibrated, to_lora
 from lorica.methods.lora_kinds import LoraLinear
 from lorica.recipes import console
 from lorica.recipes.merge import check_free, probe_ids
@@ -36,8 +37,8 @@ class StaticMerge:
     """A written LoRA folder.
 
     gates: the mean gates of each module's heads. num_tokens: held-out ones, over which the rest is measured. kl: of the
-    routed model's logits from the LoRA's, mean nats a token. kl_of_base: the same of the base's. top1: share of tokens
-    with the same first choice.
+    routed model's logits from the LoRA's, mean nats a token. kl_of_means: the same with gates held at their means,
+    `gates`. kl_of_base: the same of the base's. top1: share of tokens with the same first choice.
     """
 
     output: str
@@ -46,6 +47,7 @@ class StaticMerge:
     num_held_out_rows: int
     num_tokens: int
     kl: float
+    kl_of_means: float
     kl_of_base: float
     top1: float
     gates: dict[str, list[float]]
@@ -84,10 +86,12 @@ def static_merge(
     routed = load_adapter(source.load_base(), source.adapter).eval()
     if not any(isinstance(adapter, HydraLinear) for adapter in adapters(routed).values()):
         raise AdapterError(f"{source.adapter} is no HydraLoRA, whose gates --rows is for.")
-    gates = mean_gates(routed, ({"input_ids": ids.to(routed.device), "use_cache": False} for ids in calibration))
-    static = to_lora(routed, gates, stacked=stacked)
+    found = calibrated(routed, ({"input_ids": ids.to(routed.device), "use_cache": False} for ids in calibration))
+    static = to_lora(routed, {name: constants.mixes for name, constants in found.items()}, stacked=stacked)
+    of_means = to_lora(routed, {name: constants.gates for name, constants in found.items()})
     plain = with_merged(routed, [a.base if isinstance(a, HydraLinear) else a for a in adapters(routed).values()])
     kl, top1, num_tokens = _compared(routed, static, held_out)
+    kl_of_means, _, _ = _compared(routed, of_means, held_out)
     kl_of_base, _, _ = _compared(routed, plain, held_out)
     _save(static, output)
     result = StaticMerge(
@@ -97,9 +101,10 @@ def static_merge(
         num_held_out_rows=len(held_out),
         num_tokens=num_tokens,
         kl=kl,
+        kl_of_means=kl_of_means,
         kl_of_base=kl_of_base,
         top1=top1,
-        gates={name: mean.tolist() for name, mean in gates.items()},
+        gates={name: constants.gates.tolist() for name, constants in found.items()},
     )
     _say(result)
     return result
@@ -134,6 +139,6 @@ def _say(result: StaticMerge) -> None:
     console.log(
         f"Written to {result.output} as LoRA of rank {result.rank}, and read back. On {result.num_held_out_rows} "
         f"held-out rows ({result.num_tokens:,} tokens) its logits are {result.kl:.3g} nats a token from the routed "
-        f"model's, where the base's are {result.kl_of_base:.3g}; the first choice is the same at {result.top1:.1%}. "
-        f"The means are of {result.num_calibration_rows} other rows."
+        f"model's, where mean gates are {result.kl_of_means:.3g} and the base {result.kl_of_base:.3g}; the first "
+        f"choice is the same at {result.top1:.1%}. Its heads are weighted by {result.num_calibration_rows} other rows."
     )

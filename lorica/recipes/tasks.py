@@ -153,7 +153,11 @@ def _classes(
     # A model has more than one token type only if it was trained with them.
     told = tokenizer is not None and "token_type_ids" in tokenizer.model_input_names
     types = told and (getattr(base, "type_vocab_size", None) or 0) > 1
-    return classes(padding_id(base), types, start_position(base)), "Batches are padded: a classifier reads whole rows."
+    reason = packing_support(base, CLASSIFICATION) if config.data.packing else None
+    layout = classes(padding_id(base), types, start_position(base), packing=config.data.packing and reason is None)
+    if not config.data.packing:
+        return layout, "Batches are padded: data.packing is false."
+    return layout, None if reason is None else f"Batches are padded, because this model cannot pack: {reason}."
 
 
 def _sources_and_targets(

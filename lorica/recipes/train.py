@@ -32,7 +32,6 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from lorica.config import Resolved, RunConfig, dump_yaml, load_config, values
 from lorica.data.layouts import Layout, source_length
-from lorica.data.packing import pack
 from lorica.data.sampler import Order
 from lorica.data.tokenized import TokenizedDataset
 from lorica.errors import CheckpointError, ConfigError, DataError, DivergedError, ModelError
@@ -52,7 +51,7 @@ from lorica.recipes.intrinsic import FILE as COMPONENTS
 from lorica.recipes.intrinsic import Intrinsic, find_intrinsic, first_rows, with_heads
 from lorica.recipes.opening import adapter_fault
 from lorica.recipes.paging import host_memory
-from lorica.recipes.preparing import PreparedRun, base_config, prepare, why_padded
+from lorica.recipes.preparing import PreparedRun, base_config, prepare
 from lorica.recipes.proof import check_read_back, logits_of
 from lorica.recipes.report import write_run_report
 from lorica.recipes.routing import Look, is_routed, rows_to_watch, scores_and_routing, watch_routing
@@ -186,9 +185,8 @@ def _lay_out(config: RunConfig, data: PreparedRun | None, checkpoint: Checkpoint
     data = prepare(config) if data is None else data
     _refuse_misfits(config, data, base)
     data = data.for_method(config.method, base)
-    padding = why_padded(config, base)
-    if padding is not None:
-        console.log(padding)
+    if data.padding is not None:
+        console.log(data.padding)
     if data.labels:
         named = ", ".join(data.labels[:SHOWN_LABELS]) + (", ..." if len(data.labels) > SHOWN_LABELS else "")
         console.log(f"{len(data.labels):,} classes: {named}")
@@ -302,8 +300,8 @@ def _start_from_data(
 ) -> None:
     """Start the adapters from the data of the run's first steps, or from the first rows of each component."""
     data, budget = work.data, config.train.micro_batch_tokens or config.train.batch_tokens
-    # Without filler: a start looks at every token of a batch that has no mask.
-    layout = data.layout if data.layout.padded else Layout(pack, padded=False)
+    # A start looks at every token of a batch that has no mask.
+    layout = data.layout.without_filler()
     if work.intrinsic is None:
         steps = range(min(method.num_start_batches, work.order.num_steps))
         parts = [(work.order.batch(step), 0) for step in steps]

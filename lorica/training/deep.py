@@ -24,8 +24,9 @@ from lorica.methods.method import MethodOptions
 from lorica.methods.selection import resolve_targets
 from lorica.models.tasks import CAUSAL, Task, head_modules
 from lorica.quant.loading import quantize_skeleton
+from lorica.training.ledger import Operation
 from lorica.training.paged import share_on_device
-from lorica.training.rehearsal import Operation, Parts, Rehearsal, layer_list, rehearse
+from lorica.training.rehearsal import Parts, Rehearsal, layer_list, rehearse
 
 _FEW, _MORE = 2, 4
 _LEAST = 2 * (_FEW + _MORE)

@@ -1,9 +1,9 @@
 """Rehearse a training step on fake tensors: its memory and its work, without weights and without doing the work.
 
 The real model class, adapters, loss, backward, clipping and AdamW run on tensors that have shapes but no contents. A
-dispatch mode below autograd sees every operation and follows every storage from birth to death, views included, so
-activation checkpointing, tied weights and the loss's chunks need no formula of their own. Fake CPU tensors take the
-CPU's own kernels, its attention among them, so what is kept for backward is what is really kept.
+`Ledger` follows every storage from birth to death, so activation checkpointing, tied weights and the loss's chunks need
+no formula of their own. Fake CPU tensors take the CPU's own kernels, its attention among them, so what is kept for
+backward is what is really kept.
 
 On a GPU that torch can see the rehearsal runs on fake CUDA tensors. torch cannot pretend a GPU that is not there; the
 CPU's accounting stands in then.
@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import weakref
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -29,24 +28,21 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 from transformers import PretrainedConfig, PreTrainedModel
 
-from lorica.data.layouts import class_batch, pair_batch
+from lorica.data.layouts import classes, pair_batch
 from lorica.data.packing import ROUND_TO, Batch, pack, pad
 from lorica.data.tokenized import IGNORE, TokenizedDataset
-from lorica.kernels.cpu import WIDE_ROWS
-from lorica.kernels.linear import cpu_computes, is_widened, never_widened
+from lorica.kernels.linear import cpu_computes, never_widened
 from lorica.methods.attach import adapters, attach, trainable_parameters, with_whole
 from lorica.methods.method import MethodOptions
 from lorica.models.load import equip
-from lorica.models.loss import make_loss
+from lorica.models.loss import LossFunction, make_loss
 from lorica.models.tasks import CAUSAL, CLASSIFICATION, SEQ2SEQ, Task, head_modules
 from lorica.quant.linear import layers, num_parameters
 from lorica.quant.loading import quantize_skeleton
 from lorica.training.heap import filled_bytes
+from lorica.training.ledger import Ledger, Operation
 from lorica.training.optim import clip_gradients, held_tensors, make_optimizer, num_paged_bytes
 from lorica.training.paged import Tiers
 
@@ -58,86 +54,6 @@ RUNTIME_BYTES_16_BIT = 80 << 20
 
 MENDING_BYTES = 20
 """Of each element of a square weight whose quantisation error is decomposed: the error, and what LAPACK needs."""
-
-aten = torch.ops.aten
-_QUANTISED_PRODUCTS = (
-    torch.ops.lorica.linear_4bit, torch.ops.lorica.linear_4bit_input_grad,
-    torch.ops.lorica.linear_8bit, torch.ops.lorica.linear_8bit_input_grad,
-)  # fmt: skip
-
-# Operations a byte: an adapter of rank 16 has about 15 in bfloat16, a square product of the smallest models 80.
-_NARROW = 40
-
-
-class Operation(NamedTuple):
-    """How much one call of a kind of operation does.
-
-    Kinds: `matmul`, `narrow_matmul` (few operations a byte: an adapter's, which run far below a kernel's best),
-    `attention`, `attention_backward` and `memory`, all that has no flops. `moved_bytes` are read and written.
-    """
-
-    kind: str
-    flops: int
-    moved_bytes: int
-
-
-class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Books every storage that operations give out and drop while the mode is on, and the work that they do.
-
-    Storages are numbered from 0 in the order of birth: `sizes` are their bytes, `events` holds (number, +1 for its
-    birth or -1 for its death) in order. `work` counts operations.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.sizes: list[int] = []
-        self.events: list[tuple[int, int]] = []
-        self.work: Counter[Operation] = Counter()
-        self._numbers: dict[int, int] = {}
-
-    def add(self, tensor: Tensor) -> int:
-        """The number of the tensor's storage, which is born now if it was not known."""
-        storage = tensor.untyped_storage()
-        key = id(storage)
-        if key not in self._numbers:
-            self._numbers[key] = len(self.sizes)
-            self.events.append((len(self.sizes), 1))
-            self.sizes.append(storage.nbytes())
-            weakref.finalize(storage, self._died, key).atexit = False
-        return self._numbers[key]
-
-    def alive(self, end: int | None = None) -> set[int]:
-        """The storages alive before event `end`."""
-        changes = Counter[int]()
-        for number, change in self.events[:end]:
-            changes[number] += change
-        return {number for number, change in changes.items() if change}
-
-    def peak(self, begin: int = 0, end: int | None = None) -> int:
-        """The `end` for `alive` at which most bytes are alive, after event `begin` and not after `end`."""
-        changes = np.array([self.sizes[number] * change for number, change in self.events])
-        return begin + 1 + int(np.argmax(np.cumsum(changes)[begin:end]))
-
-    def _died(self, key: int) -> None:
-        self.events.append((self._numbers.pop(key), -1))
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        out = func(*args, **(kwargs or {}))
-        inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-        known = {self.add(t) for t in inputs}
-        born = [t for t in tree_leaves(out) if isinstance(t, Tensor) and self.add(t) not in known]
-        if inside := _bytes_inside(func._overloadpacket, args, out):
-            self.events += [(len(self.sizes), 1), (len(self.sizes), -1)]
-            self.sizes.append(inside)
-        if born or func._schema.is_mutable:
-            kind, flops = _work(func._overloadpacket, args, kwargs or {}, out)
-            moved_bytes = sum(t.numel() * t.element_size() for t in inputs + born)
-            if kind == "matmul" and flops < _NARROW * moved_bytes:
-                kind = "narrow_matmul"
-            self.work[Operation(kind, flops, moved_bytes)] += 1
-        return out
 
 
 class Parts(NamedTuple):
@@ -239,8 +155,6 @@ def rehearse(
     stands_in = wanted.type == "cuda" and not torch.cuda.is_available()
     place = torch.device("cpu") if stands_in else wanted
     batch = example_batch(lengths, trained_fraction=trained_fraction, padded=padded, task=task)
-    ledger = Ledger()
-    marks: list[int] = []
     with (
         torch.random.fork_rng(devices=[]),
         FakeTensorMode(allow_non_fake_inputs=True),
@@ -254,62 +168,90 @@ def rehearse(
         if activation_checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})
         trained = trainable_parameters(model.train())
-        for layer in layer_list(model)[1:]:
-            layer.register_forward_pre_hook(partial(_mark_backward, ledger, marks), with_kwargs=True)
+        tiers = Tiers(optimizer_memory)
         optimizer = make_optimizer(
-            trained,
-            lr=1e-4,
-            betas=(0.9, 0.999),
-            epsilon=1e-8,
-            weight_decay=0.0,
-            bits=optimizer_bits,
-            tiers=Tiers(optimizer_memory),
+            trained, lr=1e-4, betas=(0.9, 0.999), epsilon=1e-8, weight_decay=0.0, bits=optimizer_bits, tiers=tiers
         )
-        with ledger:
-            held = {ledger.add(t) for t in (*model.parameters(), *model.buffers())}
-            adapter = {ledger.add(t) for t in trained.values()}
-            # What is looked at is a later step, which finds the optimizer's state and, after another micro batch, the
-            # gradients.
-            for parameter in trained.values():
-                parameter.grad = torch.zeros_like(parameter)
-            optimizer.step()
-            moments = {ledger.add(t) for t in held_tensors(optimizer)}
-            if num_micro_batches == 1:
-                optimizer.zero_grad(set_to_none=True)
-            ledger.work.clear()
-            begin = len(ledger.events)
-            loss = loss_fn(model, batch.to(place).model_inputs(), batch.targets)
-            kept, forward_end = ledger.alive(), len(ledger.events)
-            (loss / max(1, batch.num_targets)).backward()  # type: ignore[no-untyped-call]
-            del loss
-            backward_end = len(ledger.events)
-            gradients = {ledger.add(p.grad) for p in trained.values() if p.grad is not None}
-            clip_gradients(trained.values(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-    groups = _disjoint(held - adapter, adapter, gradients, moments, kept, set(range(len(ledger.sizes))))
-    ends = {"forward": forward_end, "last layer": backward_end, "step": len(ledger.events)}
-    if marks:
-        ends |= {"last layer": marks[0], "between": marks[-1], "first layer": backward_end}
-    step_moments, first = {}, begin
-    for name, end in sorted(ends.items(), key=lambda item: item[1]):
-        if first < end:
-            peak = ledger.alive(ledger.peak(first, end))
-            step_moments[name] = Parts(*(sum(ledger.sizes[n] for n in group & peak) for group in groups))
-        first = end
-    live = max(map(sum, step_moments.values()))
+        step = _take_step(model, loss_fn, optimizer, batch, place, accumulates=num_micro_batches > 1)
+    moments = step.moments()
+    holes = step.filled_bytes() - max(map(sum, moments.values())) if wanted.type == "cpu" else 0
     return Rehearsal(
-        moments=step_moments,
+        moments=moments,
         runtime=RUNTIME_BYTES_16_BIT if dtype.itemsize == 2 and cpu_computes(dtype) else RUNTIME_BYTES,
-        holes=filled_bytes(ledger.sizes, ledger.events, begin, repeats=2) - live if wanted.type == "cpu" else 0,
-        loading=_loading_bytes(config, dtype, step_moments["forward"].weights, place, model),
+        holes=holes,
+        loading=_loading_bytes(config, dtype, moments["forward"].weights, place, model),
         paged_bytes=num_paged_bytes(optimizer),
         num_parameters=num_parameters(model),
         num_trainable=sum(p.numel() for p in trained.values()),
         num_tokens=batch.num_tokens,
-        work=ledger.work,
+        work=step.ledger.work,
         device=place.type,
     )
+
+
+@dataclass(frozen=True)
+class _Step:
+    """A step in its ledger: the storages of each of `Parts`, the event it begins at, and those that end its moments."""
+
+    ledger: Ledger
+    groups: list[set[int]]
+    begin: int
+    ends: dict[str, int]
+
+    def moments(self) -> dict[str, Parts]:
+        """What is live at the worst of each moment; one in which nothing happens is left out."""
+        sizes, first, result = self.ledger.sizes, self.begin, {}
+        for name, end in sorted(self.ends.items(), key=lambda item: item[1]):
+            if first < end:
+                peak = self.ledger.alive(self.ledger.peak(first, end))
+                result[name] = Parts(*(sum(sizes[n] for n in group & peak) for group in self.groups))
+            first = end
+        return result
+
+    def filled_bytes(self) -> int:
+        """The pool that such steps fill, one after another."""
+        return filled_bytes(self.ledger.sizes, self.ledger.events, self.begin, repeats=2)
+
+
+def _take_step(
+    model: PreTrainedModel,
+    loss_fn: LossFunction,
+    optimizer: torch.optim.AdamW,
+    batch: Batch,
+    place: torch.device,
+    *,
+    accumulates: bool,
+) -> _Step:
+    """The last micro batch of a later step, which finds the optimizer's state and, if it `accumulates`, gradients."""
+    ends = [0] if batch.cu_seqlens is None else batch.cu_seqlens.tolist()
+    ledger, marks, trained = Ledger(np.diff(ends).tolist()), list[int](), trainable_parameters(model)
+    for layer in layer_list(model)[1:]:
+        layer.register_forward_pre_hook(partial(_mark_backward, ledger, marks), with_kwargs=True)
+    with ledger:
+        held = {ledger.add(t) for t in (*model.parameters(), *model.buffers())}
+        adapter = {ledger.add(t) for t in trained.values()}
+        for parameter in trained.values():
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+        moments = {ledger.add(t) for t in held_tensors(optimizer)}
+        if not accumulates:
+            optimizer.zero_grad(set_to_none=True)
+        ledger.work.clear()
+        begin = len(ledger.events)
+        loss = loss_fn(model, batch.to(place).model_inputs(), batch.targets)
+        kept, forward_end = ledger.alive(), len(ledger.events)
+        (loss / max(1, batch.num_targets)).backward()  # type: ignore[no-untyped-call]
+        del loss
+        backward_end = len(ledger.events)
+        gradients = {ledger.add(p.grad) for p in trained.values() if p.grad is not None}
+        clip_gradients(trained.values(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    moments_end = {"forward": forward_end, "last layer": backward_end, "step": len(ledger.events)}
+    if marks:
+        moments_end |= {"last layer": marks[0], "between": marks[-1], "first layer": backward_end}
+    groups = _disjoint(held - adapter, adapter, gradients, moments, kept, set(range(len(ledger.sizes))))
+    return _Step(ledger, groups, begin, moments_end)
 
 
 def layer_list(model: nn.Module) -> nn.ModuleList:
@@ -343,7 +285,8 @@ def example_batch(
     dataset = TokenizedDataset(ids, np.where(trained, ids, IGNORE).astype(np.int32), offsets)
     everything = np.arange(len(lengths), dtype=np.int64)
     if task is CLASSIFICATION:
-        return class_batch(dataset, everything, 0, token_types=False)
+        layout = classes(0, token_types=False, packing=not padded)
+        return layout.make(dataset, everything)
     if task is SEQ2SEQ:
         return pair_batch(dataset, everything, 0, 0)
     return pad(dataset, everything, 0) if padded else pack(dataset, everything, ROUND_TO)
@@ -386,43 +329,3 @@ def _loading_bytes(
     if device.type != "cpu" or stored == dtype:
         return weights
     return weights + weights * stored.itemsize // dtype.itemsize
-
-
-def _work(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> tuple[str, int]:
-    """Kind and floating-point operations of one call. torch has no count for the CPU's attention."""
-    if op is aten._scaled_dot_product_flash_attention_for_cpu:
-        return "attention", _attention_flops(args[:3])
-    if op is aten._scaled_dot_product_flash_attention_for_cpu_backward:
-        return "attention_backward", _attention_flops(args[1:4]) * 5 // 2
-    if op in _QUANTISED_PRODUCTS:
-        return "matmul", 2 * args[0].numel() * args[5]
-    if op not in flop_registry:
-        return "memory", 0
-    kind = "matmul"
-    if "attention" in str(op):
-        kind = "attention_backward" if "backward" in str(op) else "attention"
-    return kind, int(flop_registry[op](*args, **kwargs, out_val=out))
-
-
-def _bytes_inside(op: Any, args: Sequence[Any], out: Tensor) -> int:
-    """Of what an operation writes out inside for a moment.
-
-    For a product that is a quantised weight, its scales if they are quantised too, and what is widened to float32 for
-    it, the result among that. `logsumexp` writes out the exponentials of all its input.
-    """
-    if op is aten.logsumexp:
-        return int(args[0].nbytes)
-    if op not in (torch.ops.lorica.linear_16bit, *_QUANTISED_PRODUCTS):
-        return 0
-    x: Tensor = args[0]
-    wide = 4 if is_widened(x) else 0
-    if op is torch.ops.lorica.linear_16bit:
-        return 0 if x.numel() // x.shape[-1] <= WIDE_ROWS else wide * (x.numel() + args[1].numel() + out.numel())
-    absmax: Tensor = args[2]
-    weight = x.shape[-1] * int(args[5]) * (wide or x.element_size())
-    scales = 0 if absmax.dtype == torch.float32 else 4 * absmax.numel()
-    return weight + scales + wide * (x.numel() + out.numel())
-
-
-def _attention_flops(query_key_value: Sequence[Tensor]) -> int:
-    return int(sdpa_flop_count(*(t.shape for t in query_key_value)))  # type: ignore[no-untyped-call]

@@ -12,9 +12,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
-from torch.nn import functional as F
+from torch import Tensor, nn
 
-from lorica.training.rehearsal import Operation
+from lorica.kernels.attention import attention
+from lorica.kernels.linear import linear
+from lorica.training.ledger import Ledger, Operation
 
 _SECONDS_A_RATE = 0.15
 
@@ -47,31 +49,47 @@ class Speed:
 def measure_speed(
     dtype: torch.dtype, device: torch.device | str, *, tokens: int, hidden: int, heads: int, length: int
 ) -> Speed:
-    """Measure the rates at shapes like the run's: [tokens, hidden] rows, attention over samples of `length` tokens."""
+    """Measure the rates at shapes like the run's: [tokens, hidden] rows, attention over samples of `length` tokens.
+
+    Products and attention go through the doors that the run's go through, so the kernels are those of the run.
+    """
     tokens, length = min(tokens, 1024), min(length, 1024)
     generator = torch.Generator(device).manual_seed(0)
 
-    def random(*shape: int) -> torch.Tensor:
+    def random(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, device=device).to(dtype)
 
     x, w = random(tokens, hidden), random(4 * hidden, hidden)
-    wide = F.linear(x, w)
-    q = random(1, heads, length, max(8, hidden // heads)).requires_grad_()
-    out = F.scaled_dot_product_attention(q, q, q, is_causal=True)
+    wide = linear(x, w)
+    q = random(1, heads, length, max(8, hidden // heads))
+
+    def attend(q: Tensor) -> Tensor:
+        return attention(nn.Identity(), q, q, q, None, is_causal=True)[0]
+
+    leaf = q.clone().requires_grad_()
+    out = attend(leaf)
     grad = torch.ones_like(out)
     small = random(16)
-    products = 2 * 2 * heads * length * length * q.shape[-1]
-    rates = {
-        "matmul": 2 * x.numel() * 4 * hidden / _seconds(lambda: F.linear(x, w), device),
-        "narrow_matmul": 2 * x.numel() * 16 / _seconds(lambda: F.linear(x, w[:16]), device),
-        "attention": products
-        / _seconds(lambda: F.scaled_dot_product_attention(q.detach(), q.detach(), q.detach(), is_causal=True), device),
-        "attention_backward": 2.5
-        * products
-        / _seconds(lambda: torch.autograd.grad(out, q, grad, retain_graph=True), device),
+    calls = {
+        "matmul": lambda: linear(x, w),
+        "narrow_matmul": lambda: linear(x, w[:16]),
+        "attention": lambda: attend(q),
+        "attention_backward": lambda: torch.autograd.grad(out, leaf, grad, retain_graph=True),
     }
     moved = 3 * wide.numel() * wide.element_size()
-    return Speed(rates, moved / _seconds(lambda: wide * wide, device), _seconds(lambda: small + small, device))
+    return Speed(
+        {kind: _flops(call) / _seconds(call, device) for kind, call in calls.items()},
+        moved / _seconds(lambda: wide * wide, device),
+        _seconds(lambda: small + small, device),
+    )
+
+
+def _flops(call: Callable[[], object]) -> int:
+    """As a rehearsal counts them."""
+    ledger = Ledger()
+    with ledger:
+        call()
+    return ledger.flops
 
 
 def _seconds(call: Callable[[], object], device: torch.device | str) -> float:

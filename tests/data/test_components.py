@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import random
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,7 +31,31 @@ def test_planted_mixtures_are_found(sizes: dict[str, int]) -> None:
     found = find_components(texts)
     assert found.num == len(sizes) == found.choices["overlap"]
     assert adjusted_rand_score(truth, found.labels) >= 0.9
-    assert sorted(found.sizes) == sorted(np.bincount(found.labels).tolist()) and sum(found.sizes) == len(texts)
+    assert list(found.sizes) == sorted(np.bincount(found.labels).tolist(), reverse=True)
+    assert sum(found.sizes) == len(texts)
+
+
+def test_scripts_with_vowel_signs_are_told_apart_too() -> None:
+    """Two topics in Hindi: their words would be cut at each vowel sign that stands behind its letter."""
+    words = {
+        "चावल दाल मसाला हल्दी प्याज टमाटर अदरक लहसुन धनिया मिर्च आटा नमक पनीर": (
+            "{} और {} को धीमी आँच पर पकाइए।",
+            "क्या {} की जगह {} डाल सकते हैं?",
+        ),
+        "अदालत वकील मुकदमा जमानत गवाह सबूत फैसला याचिका न्यायाधीश अपील संविधान अपराध सजा": (
+            "{} के बारे में {} क्या कहती है?",
+            "इस {} में {} को समझाइए।",
+        ),
+    }
+    generator = random.Random(0)
+    pairs = [
+        (" ".join(generator.choice(forms).format(*generator.sample(said.split(), 2)) for _ in range(2)), topic)
+        for topic, (said, forms) in enumerate(words.items())
+        for _ in range(100)
+    ]
+    found = find_components([text for text, _ in pairs], max_components=3)
+    assert found.num == 2 and adjusted_rand_score([topic for _, topic in pairs], found.labels) >= 0.9
+    assert {word for terms in found.terms for word in terms} & {"मसाला", "हल्दी", "पकाइए"}
 
 
 @pytest.mark.parametrize("topic", ["sailing", "法律"])
@@ -78,6 +104,11 @@ def test_what_was_found_is_kept_and_assigns_new_rows(method: Any) -> None:
     assert again.assign([]).shape == (0,)
     assert np.array(truth)[found.typical[0][0]] == 1, "the largest component comes first"
     assert set(found.terms[0]) & set(TOPICS["courts"][0].split()) and "falcon" not in found.terms[0]
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_handful_of_texts_repeated_is_no_reason_to_warn() -> None:
+    assert sum(find_components(["yes", "no", "maybe"] * 100, max_components=3).sizes) == 300
 
 
 def test_dbscan_of_one_topic_is_one() -> None:
@@ -132,6 +163,7 @@ def test_arguments_that_cannot_be_meant() -> None:
         {"max_components": 0},
         {"seed": -1},
         {"features": "bert"},
+        {"method": "spectral"},
         {"num": 2, "method": "dbscan"},
     ):
         with pytest.raises(ConfigError):
@@ -144,3 +176,24 @@ def test_arguments_that_cannot_be_meant() -> None:
 def test_what_is_no_such_json_is_refused(text: str) -> None:
     with pytest.raises(DataError, match="not components"):
         Components.from_json(text)
+
+
+def test_json_whose_parts_do_not_fit_is_refused() -> None:
+    good = json.loads(find_components(mixture({"birds": 30, "农业": 40}, 5)[0], max_components=2).to_json())
+    assert Components.from_json(json.dumps(good)).num == 2
+    nan, narrow = good["reach"] | {"float16": "AH4AfA=="}, {"shape": [2, 3], "float16": "A" * 16}
+    for change, said in (
+        ({"sizes": [70]}, "2 centres"),
+        ({"labels": [0, 2]}, "from 0 to 1"),
+        ({"labels": [[0], [1]]}, "labels"),
+        ({"labels": [10**30]}, "not components"),
+        ({"terms": [[1], [2]]}, "words"),
+        ({"settings": {**good["settings"], "features": "bert"}}, "not known"),
+        ({"settings": {}}, "features"),
+        ({"settings": []}, "not components"),
+        ({"centres": narrow}, "3 features"),
+        ({"centres": narrow, "shape": {"shape": [3], "float16": "AAAAAAAA"}}, "3 features"),
+        ({"reach": nan}, "finite"),
+    ):
+        with pytest.raises(DataError, match=said):
+            Components.from_json(json.dumps({**good, **change}))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from scipy.special import erf
 from sklearn.mixture import GaussianMixture
 
 from lorica.data import clustering
@@ -73,6 +74,35 @@ def test_overlap_of_halves_is_one_and_of_strangers_none() -> None:
     limit = -0.08 + 0.126 * num_terms[:400].mean()
     assert halves * limit == pytest.approx(1, abs=0.02)
     assert abs(first) < 0.03 and abs(second) < 0.03
+
+
+def test_between_two_groups_is_a_gap_and_within_a_cloud_there_is_none() -> None:
+    """A normal distribution cut at its middle: densities at 0 and at the halves' means, sqrt(2 / pi)."""
+    rng = np.random.default_rng(0)
+    cloud = rng.normal(size=(200_000, 1))
+    halves = (cloud[:, 0] > 0).astype(np.int64)
+    mean, width = np.sqrt(2 / np.pi), 0.25 * np.sqrt(2 / np.pi)
+    share = lambda at: erf((at + width) / np.sqrt(2)) - erf((at - width) / np.sqrt(2))  # noqa: E731
+    assert clustering.between(cloud, halves) == pytest.approx([share(0) / share(mean)], rel=0.02)
+    # Of unequal sizes, all three far apart; the sizes do not count.
+    points, truth = blobs([40, 400, 90])
+    assert clustering.between(points, truth).tolist() == [0, 0, 0]
+    third = np.concatenate([points, (points[:40] + points[40:80]) / 2])
+    first, *others = clustering.between(third, np.append(truth, rng.permutation(np.repeat([0, 1], 20))))
+    assert first > 0.1 and others == [0, 0]
+
+
+@pytest.mark.parametrize("overlap, gap, num", [(1.1, True, 2), (1.1, False, 1), (1.2, True, 1), (0.9, False, 2)])
+def test_groups_with_a_gap_may_overlap_more(
+    monkeypatch: pytest.MonkeyPatch, overlap: float, gap: bool, num: int
+) -> None:
+    monkeypatch.setattr(clustering, "overlaps", lambda present, labels, seed: np.array([overlap]))
+    points, labels = blobs([50, 80])
+    if not gap:
+        points = np.random.default_rng(0).normal(size=points.shape)
+        labels = (points[:, 0] > 0).astype(np.int64)
+    joined, left = clustering._joined(counts(["a"] * 130), points, labels, 0)
+    assert joined.max() + 1 == num and left <= 1
 
 
 def test_noise_of_dbscan_is_what_lies_alone() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+import unicodedata
 
 import numpy as np
 import pytest
@@ -17,6 +18,8 @@ TEXTS = [
     "今天天气很好，我们去公园。",
     "mixed 中文 and English; x = y[3] += 'ab'",
     "émile Straße ΑΒΓ",
+    "चावल और हल्दी, e\u0301mile ที่นี่",
+    "❤\ufe0f❤\ufe0f",
     "\ud800 half a pair",
     "😀😀 𠀀𠀁",
 ]
@@ -27,9 +30,11 @@ def terms(text: str) -> list[str]:
     text = "".join("0" if char.isdecimal() else char for char in text[:MAX_CHARS].lower())
     found = []
     ideograph = "\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00010000-\U0010ffff"
-    for run in re.findall(rf"[^\W_{ideograph}]+", text):
+    # What is written above, below or behind a letter belongs to it.
+    marks = "".join({c for c in text if unicodedata.category(c) in ("Mn", "Mc")} - {"\ufe0f"}) or "\u0301"
+    for run in re.findall(rf"(?:[^\W_{ideograph}]|[{marks}])+", text):
         found += [f"word {run}"] + [f"{n} {run[at : at + n]}" for n in (3, 4) for at in range(len(run) - n + 1)]
-    for kind, pattern in (("ideographs", rf"[{ideograph}]+"), ("symbols", rf"(?:[^\w\s{ideograph}]|_)+")):
+    for kind, pattern in (("ideographs", rf"[{ideograph}]+"), ("symbols", rf"(?:[^\w\s{ideograph}{marks}]|_)+")):
         found += [f"{kind} {run[at : at + 2]}" for run in re.findall(pattern, text) for at in range(len(run) - 1)]
     return found
 
@@ -65,6 +70,7 @@ def test_case_digits_and_what_is_too_long_do_not_count() -> None:
 
 def test_words_and_the_terms_that_tell_a_group() -> None:
     assert words("Der Hund, 42 Hunde; 天气好 a") == {"der", "hund", "hunde", "天气", "气好"}
+    assert words("चावल और हल्दी") == {"चावल", "और", "हल्दी"}
     groups = [["the apple is red", "the apple is sweet"], ["the engine is loud", "the engine is fast"], []]
     found = top_terms(groups, 1)
     assert found == [["apple"], ["engine"], []]

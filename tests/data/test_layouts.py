@@ -55,6 +55,35 @@ def test_a_batch_of_classes_is_what_the_tokenizer_pads(kind: str, paired: bool) 
     assert dataset.num_trained_tokens == 4
 
 
+@pytest.mark.parametrize("kind", ["bert", "roberta"])
+def test_a_packed_batch_of_classes_holds_what_the_tokenizer_makes_of_each(kind: str) -> None:
+    tokenizer = make_tokenizer(kind)
+    seconds = [None, "the cast", "dull", None]
+    examples = [text(t, "ab"[i % 2], s) for i, (t, s) in enumerate(zip(TEXTS, seconds, strict=True))]
+    dataset = dataset_of(LabelRenderer(tokenizer), examples)
+    order, start = [2, 0, 3, 1], 0 if kind == "bert" else tokenizer.pad_token_id + 1
+    layout = classes(tokenizer.pad_token_id, kind == "bert", start, packing=True)
+    batch = layout.make(dataset, np.array(order))
+    each = [tokenizer(TEXTS[i], seconds[i]) for i in order]
+    wanted = {key: [number for one in each for number in one[key]] for key in each[0]}
+    num_tokens = len(wanted["input_ids"])
+    borders = np.cumsum([0, *(len(one["input_ids"]) for one in each)]).tolist()
+    assert (batch.num_targets, batch.num_samples, batch.num_tokens) == (4, 4, num_tokens)
+    assert batch.targets.tolist() == [0, 0, 1, 1] and batch.attention_mask is None and not layout.padded
+    assert batch.input_ids.shape == (1, 64) and batch.input_ids[0, :num_tokens].tolist() == wanted["input_ids"]
+    assert batch.cu_seqlens is not None and batch.cu_seqlens.tolist() == [*borders, 64]
+    # RoBERTa counts on from its padding token.
+    positions = [start + place for one in each for place in range(len(one["input_ids"]))]
+    assert batch.position_ids is not None and batch.position_ids[0, :num_tokens].tolist() == positions
+    if kind == "bert":
+        assert batch.token_type_ids is not None and batch.token_type_ids.shape == (1, 64)
+        assert batch.token_type_ids[0, :num_tokens].tolist() == wanted["token_type_ids"]
+    else:
+        assert batch.token_type_ids is None
+    bare = layout.without_filler().make(dataset, np.array(order))
+    assert bare.input_ids.shape == (1, num_tokens) and bare.num_tokens == num_tokens
+
+
 def test_pairs_are_what_the_collator_of_transformers_makes() -> None:
     tokenizer = make_tokenizer("t5")
     config = T5Config(vocab_size=len(tokenizer), d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)

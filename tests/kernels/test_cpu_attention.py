@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import platform
 import shutil
+import subprocess
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from torch.nn import functional as F
 
 from lorica.kernels import build, cpu_attention
 from lorica.kernels.cpu_attention import attend
@@ -106,17 +112,25 @@ def formula(case: Case, tensors: list[Tensor]) -> Tensor:
     return torch.stack(rows)
 
 
+def ours(tensors: list[Tensor], arguments: dict[str, Any], upstream: Tensor) -> list[Tensor]:
+    """Output and gradients."""
+    arguments = arguments | dict(zip(("prefix_key", "prefix_value"), tensors[3:], strict=False))
+    out = attend(*tensors[:3], **arguments)
+    assert out.dtype is upstream.dtype and out.transpose(1, 2).is_contiguous()
+    return [out.detach(), *torch.autograd.grad(out, tensors, upstream)]
+
+
+def exactly(case: Case, tensors: list[Tensor], upstream: Tensor) -> list[Tensor]:
+    """The same in float64, by the formula."""
+    exact = [t.detach().double().requires_grad_() for t in tensors]
+    out = formula(case, exact)
+    return [out.detach(), *torch.autograd.grad(out, exact, upstream.double())]
+
+
 def check(case: Case, dtype: torch.dtype) -> None:
     tensors, arguments, upstream = inputs(case, dtype)
-    arguments |= dict(zip(("prefix_key", "prefix_value"), tensors[3:], strict=False))
-    out = attend(*tensors[:3], **arguments)
-    assert out.dtype is dtype and out.transpose(1, 2).is_contiguous()
-    exact = [t.detach().double().requires_grad_() for t in tensors]
-    want = formula(case, exact)
-    got = [out, *torch.autograd.grad(out, tensors, upstream)]
-    wanted = [want, *torch.autograd.grad(want, exact, upstream.double())]
-    for mine, theirs in zip(got, wanted, strict=True):
-        error = float((mine.double() - theirs).detach().abs().max()) / max(1.0, float(theirs.detach().abs().max()))
+    for mine, theirs in zip(ours(tensors, arguments, upstream), exactly(case, tensors, upstream), strict=True):
+        error = float((mine.double() - theirs).abs().max()) / max(1.0, float(theirs.abs().max()))
         assert error < TOLERANCES[dtype]
 
 
@@ -160,6 +174,94 @@ def test_every_path_is_right(simd: int, name: str) -> None:
     check(CASES[name], torch.float32)
 
 
+@pytest.fixture(scope="module", params=["AMX", "AVX512"])
+def emulated(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The kernel for bfloat16, its instructions computed in C after Intel's definitions."""
+    flags = ("-DEMULATED", f"-D{request.param}", "-Wall", "-Wextra", "-Werror", "-Wno-unused-function", "-Wno-psabi")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build, "cache_folder", lambda: tmp_path_factory.mktemp("cache"))
+        built = cpu_attention._loaded("attention_bfloat16.c", (*cpu_attention._FLAGS, *flags))
+    assert built is not None
+    return built
+
+
+@pytest.fixture
+def tiles(emulated: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setattr(cpu_attention, "tiled", lambda: emulated)
+    return emulated
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_tiles_of_bfloat16_are_right(tiles: Any, name: str) -> None:
+    check(CASES[name], torch.bfloat16)
+
+
+@pytest.mark.parametrize("threads", [1, 5])
+def test_tiles_err_no_more_than_torch_does_in_bfloat16(tiles: Any, threads: int) -> None:
+    case = Case(heads=(9, 3), tokens=150, size=64)
+    tensors, arguments, upstream = inputs(case, torch.bfloat16)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        mine, again = (ours(tensors, arguments, upstream) for _ in range(2))
+    finally:
+        torch.set_num_threads(before)
+    assert all(map(torch.equal, mine, again))
+    q, k, v = tensors
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    theirs = [out.detach(), *torch.autograd.grad(out, tensors, upstream)]
+    for my, their, exact in zip(mine, theirs, exactly(case, tensors, upstream), strict=True):
+        assert float((my - exact).square().mean()) < 1.02 * float((their - exact).square().mean())
+
+
+def test_tiles_take_numbers_below_the_smallest_normal_one_for_zero(tiles: Any) -> None:
+    """As the instructions do: so the emulation is one."""
+    q = torch.zeros(1, 1, 3, 8, dtype=torch.bfloat16)
+    assert not bool(attend(q, q, q + 1e-39, scale=1.0, causal=True).any())
+
+
+def test_tiles_lose_nothing_that_is_not_finite(tiles: Any) -> None:
+    for place in range(3):
+        tensors, arguments, upstream = inputs(Case(tokens=250, heads=(1, 1)), torch.bfloat16)
+        with torch.no_grad():
+            tensors[place][0, 0, 3] = torch.nan
+        is_finite = ours(tensors, arguments, upstream)[0][0, 0].isfinite().all(-1)
+        assert not bool(is_finite[3]) and bool(is_finite[4:].any()) is (place == 0)
+
+
+def test_tiles_are_trusted_after_a_trial_and_torch_s_modes_do_not_matter(tiles: Any) -> None:
+    with FakeTensorMode():
+        assert cpu_attention._is_right(tiles)
+
+
+@pytest.mark.parametrize(("lent", "warned"), [(1, 1), (0, 0)])
+def test_tiles_that_are_wrong_or_not_lent_are_not_used(monkeypatch: pytest.MonkeyPatch, lent: int, warned: int) -> None:
+    """Wrong: all results stay zero."""
+    idle = SimpleNamespace(lorica_attention=lambda *_: 1, lorica_attention_backward=lambda *_: 1)
+    idle.lorica_tiles_are_lent = lambda: lent
+    load = cpu_attention._loaded
+    monkeypatch.setattr(cpu_attention, "_loaded", lambda *a: idle if a[0] == "attention_bfloat16.c" else load(*a))
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True})
+    with warnings.catch_warnings(record=True) as caught:
+        assert inspect.unwrap(cpu_attention.tiled)() is None
+    assert len(caught) == warned and all("amx_bf16 gives wrong numbers" in str(w.message) for w in caught)
+
+
+@pytest.mark.parametrize("name", cpu_attention._TILE_FLAGS)
+def test_the_instructions_themselves_compile(name: str, tmp_path: Path) -> None:
+    """For a processor that has them, whatever this one is."""
+    if platform.machine() != "x86_64":
+        pytest.skip("the instructions are those of x86-64")
+    made, flags = tmp_path / "made.s", ("-march=x86-64-v4", "-fopenmp", "-Wall", "-Wextra", "-Wno-unused-function")
+    command = ["cc", "-S", "-O1", *flags, *cpu_attention._TILE_FLAGS[name], "-o", str(made)]
+    if subprocess.run([*command, "-x", "c", "-"], input=b"", capture_output=True, check=False).returncode:
+        pytest.skip("the compiler does not know them")
+    source = str(build._SOURCES / "attention_bfloat16.c")
+    done = subprocess.run([*command, source], capture_output=True, text=True, check=False)
+    assert not done.stderr
+    assert {"amx_bf16": "tdpbf16ps", "avx512_bf16": "vdpbf16ps"}[name] in made.read_text()
+
+
 def test_a_later_token_and_another_sample_change_nothing() -> None:
     case = Case(tokens=120, cuts=(0, 70, 120))
     (q, k, v), arguments, _ = inputs(case)
@@ -192,12 +294,28 @@ def test_large_scores_do_not_overflow() -> None:
     torch.testing.assert_close(out.double(), want, atol=1e-3, rtol=1e-3)
 
 
-def test_it_is_an_operator_as_torch_wants_one() -> None:
-    (q, k, v, *prefix), arguments, _ = inputs(Case(tokens=20, cuts=(0, 8, 20), prefix=3))
+@pytest.mark.parametrize("prefix", [0, 3])
+def test_both_are_operators_as_torch_wants_them(prefix: int) -> None:
+    (q, k, v, *prefixes), arguments, upstream = inputs(Case(tokens=20, cuts=(0, 8, 20), prefix=prefix))
     borders = cpu_attention._borders(arguments["cu_seqlens"], 1, 20, 20)
-    torch.library.opcheck(
-        torch.ops.lorica.attention.default, (q, k, v, borders, *prefix, 0.25, True, cpu_attention._NO_WINDOW)
-    )
+    given = (q, k, v, borders, *(prefixes or (None, None)), 0.25, True, cpu_attention._NO_WINDOW)
+    torch.library.opcheck(torch.ops.lorica.attention.default, given)
+    plain = [t.detach() if isinstance(t, Tensor) else t for t in given]
+    output = torch.ops.lorica.attention(*plain)
+    torch.library.opcheck(torch.ops.lorica.attention_backward.default, (upstream, *output, *plain))
+
+
+def test_it_compiles_into_one_graph_with_its_gradient() -> None:
+    (q, k, v, *prefix), arguments, upstream = inputs(Case(tokens=20, prefix=3))
+    arguments |= {"prefix_key": prefix[0], "prefix_value": prefix[1]}
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        assert cpu_attention.takes(q, k, causal=True)
+        return attend(q, k, v, **arguments)
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    mine, theirs = (torch.autograd.grad(f(q, k, v), (q, k, v), upstream) for f in (compiled, run))
+    assert all(map(torch.equal, mine, theirs))
 
 
 def test_borders_that_are_not_the_batch_s_are_refused() -> None:

@@ -175,7 +175,7 @@ def test_operators_are_well_behaved() -> None:
         ops.linear_4bit_input_grad: (weight((2, 6)).requires_grad_(), codes, absmax, CODEBOOK, 64, 64),
         ops.linear_8bit: (weight((2, 64)).requires_grad_(), eight, scales, levels, 64, 6),
         ops.linear_8bit_input_grad: (weight((2, 6)).requires_grad_(), eight, scales, levels, 64, 64),
-        ops.linear_16bit: (weight((2, 64), torch.bfloat16), weight((6, 64), torch.bfloat16)),
+        ops.linear_rows: (weight((2, 64), torch.bfloat16), weight((6, 64)), weight((6,))),
     }
     for op, arguments in inputs.items():
         torch.library.opcheck(op, arguments)

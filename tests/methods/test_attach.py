@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers import FalconConfig, FalconForCausalLM, Llama4ForCausalLM, Llama4TextConfig
 
 import lorica
 from lorica.errors import ConfigError, TargetError
@@ -67,6 +68,40 @@ def test_a_layer_that_evaluation_reads_without_calling_is_refused() -> None:
     assert targets(model, "all-linear") == ["1"]
     with pytest.raises(TargetError, match="linear1"):
         targets(model, "linear1")
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "hydra", "ia3", "bottleneck"])
+def test_a_router_made_from_a_linear_layer_is_left_alone(method: str) -> None:
+    """Llama 4's gives scores and logits: an adapter has nothing to add to a tuple."""
+    model = llama4()
+    options = method_options(method)(targets="all-linear")
+    chosen = resolve_targets(model, options)
+    assert "model.layers.0.self_attn.q_proj" in chosen and not any("router" in name for name in chosen)
+    before = model(torch.arange(8)[None]).logits
+    after = lorica.adapt(model, options)(torch.arange(8)[None]).logits
+    torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-5)
+    with pytest.raises(TargetError, match=r"router, but a Llama4Router there cannot be wrapped"):
+        targets(llama4(), "router")
+
+
+def test_full_fine_tuning_trains_such_a_router_too() -> None:
+    chosen = resolve_targets(llama4(), lorica.FullFineTuning())
+    assert "model.layers.0.feed_forward.router" in chosen
+
+
+def test_a_linear_layer_with_a_forward_of_its_own_is_one_still() -> None:
+    config = FalconConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=20)
+    assert "transformer.h.0.mlp.dense_4h_to_h" in targets(FalconForCausalLM(config), "all-linear")
+
+
+def llama4() -> nn.Module:
+    torch.manual_seed(0)
+    config = Llama4TextConfig(
+        hidden_size=16, intermediate_size=16, intermediate_size_mlp=16, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, head_dim=8, vocab_size=20, num_local_experts=2, num_experts_per_tok=1,
+        interleave_moe_layer_step=1, pad_token_id=0,
+    )  # fmt: skip
+    return Llama4ForCausalLM(config).eval()
 
 
 def test_a_model_that_is_one_layer_is_refused() -> None:

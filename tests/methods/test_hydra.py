@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -13,12 +14,15 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 import lorica
+from lorica.data.packing import pack
+from lorica.data.tokenized import TokenizedDataset
 from lorica.errors import ConfigError, NotMergeableError, TargetError
 from lorica.kernels.linear import Linear, is_widened
 from lorica.methods.attach import trained_state
 from lorica.methods.hydra import HydraLoRA
 from lorica.methods.hydra_linear import HydraLinear, balance
 from lorica.methods.requantize import merge_requantized
+from lorica.models.load import equip
 from lorica.quant.linear import layers
 
 IDS = torch.randint(3, 64, (2, 9), generator=torch.Generator().manual_seed(5))
@@ -208,9 +212,9 @@ def test_the_load_balance_loss_is_the_papers() -> None:
     assert balance(gates, real).item() == pytest.approx(balance(gates[[0, 2]]).item())
 
 
-def llama(tiny_llama: Any, **fields: Any) -> Any:
+def llama(tiny_llama: Any, model: Any = None, **fields: Any) -> Any:
     torch.manual_seed(2)
-    model = lorica.adapt(tiny_llama(), HydraLoRA(**{"rank": 4, "num_heads": 3, **fields}))
+    model = lorica.adapt(model or tiny_llama(), HydraLoRA(**{"rank": 4, "num_heads": 3, **fields}))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in lorica.trainable_parameters(model).values():
@@ -243,13 +247,20 @@ def test_balance_is_the_same_under_activation_checkpointing(tiny_llama: Any) -> 
     assert all(a.auxiliary_loss() is None for a in lorica.adapters(plain).values())
 
 
-def test_balance_leaves_padding_out(tiny_llama: Any) -> None:
-    model = llama(tiny_llama, balance_loss=1.0).train()
-    model(IDS)
-    want = [a.auxiliary_loss().item() for a in lorica.adapters(model).values()]
-    model(F.pad(IDS, (0, 4), value=1), attention_mask=F.pad(torch.ones_like(IDS), (0, 4)))
-    got = [a.auxiliary_loss().item() for a in lorica.adapters(model).values()]
-    assert got == pytest.approx(want, rel=1e-5)
+def test_balance_leaves_padding_and_filler_out(tiny_llama: Any) -> None:
+    model = llama(tiny_llama, balance_loss=1.0, model=equip(tiny_llama())).train()
+
+    def balances(**inputs: Any) -> list[float]:
+        model(**inputs)
+        return [a.auxiliary_loss().item() for a in lorica.adapters(model).values()]
+
+    want = balances(input_ids=IDS)
+    padded = {"input_ids": F.pad(IDS, (0, 4), value=1), "attention_mask": F.pad(torch.ones_like(IDS), (0, 4))}
+    assert balances(**padded) == pytest.approx(want, rel=1e-5)
+    rows = TokenizedDataset(IDS.flatten().int().numpy(), IDS.flatten().int().numpy(), np.array([0, 9, 18]))
+    # None, one token, and many.
+    for multiple in (1, 19, 32):
+        assert balances(**pack(rows, [0, 1], multiple).model_inputs()) == pytest.approx(want, rel=1e-5), multiple
 
 
 def test_gates_and_watch_show_what_the_forward_uses(tiny_llama: Any) -> None:

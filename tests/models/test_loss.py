@@ -15,7 +15,7 @@ from lorica.data.packing import pack, pad
 from lorica.data.tokenized import TokenizedDataset
 from lorica.kernels import attention
 from lorica.models import loss as loss_module
-from lorica.models.loss import chunked_cross_entropy, logits_loss, make_loss
+from lorica.models.loss import PostProcessing, chunked_cross_entropy, logits_loss, make_loss
 
 TINY: dict[str, Any] = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -43,7 +43,7 @@ def test_loss_and_gradients_equal_float64(rows: int, bias: bool, small_chunks: N
     torch.manual_seed(0)
     head = nn.Linear(32, 99, bias=bias)
     hidden, targets = torch.randn(rows, 32, requires_grad=True), torch.randint(0, 99, (rows,))
-    loss = chunked_cross_entropy(hidden, targets, head, lambda z: 3 * torch.tanh(z / 3))
+    loss = chunked_cross_entropy(hidden, targets, head, PostProcessing(cap=3))
     (0.5 * loss).backward()
     h = hidden.detach().double().requires_grad_()
     exact = nn.Linear(32, 99, bias=bias).double()
@@ -171,6 +171,41 @@ def test_the_logits_of_all_tokens_never_exist(small_chunks: None) -> None:
         loss_fn(model, {"input_ids": ids}, ids).backward()
     # A chunk of 16 rows rounded up to 64, or the transposed view of the head's own weight, against 200 rows of logits.
     assert 0 < largest <= 64 * 4000
+
+
+@pytest.mark.parametrize("after", [PostProcessing(), PostProcessing(0.5, 3.0)])
+def test_a_chunk_of_logits_becomes_its_own_gradient(after: PostProcessing, small_chunks: None) -> None:
+    """Of tensors of that size a chunk makes one, the head's output: none for float32, softmax or gradient."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    made: list[str] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            given = {t.untyped_storage().data_ptr() for t in args if isinstance(t, torch.Tensor)}
+            is_new = isinstance(out, torch.Tensor) and out.untyped_storage().data_ptr() not in given
+            made.extend([str(func)] if is_new and out.shape == (64, 4000) else [])
+            return out
+
+    head = nn.Linear(32, 4000, bias=False).requires_grad_(False)
+    hidden, targets = torch.randn(130, 32, requires_grad=True), torch.randint(0, 4000, (130,))
+    with Watch():
+        chunked_cross_entropy(hidden, targets, head, after).backward()
+    assert len(made) == 3
+
+
+def test_what_is_not_trained_has_no_loss_and_no_gradient(small_chunks: None) -> None:
+    torch.manual_seed(0)
+    head, targets = nn.Linear(32, 99), torch.randint(0, 99, (70,))
+    targets[::3] = -100
+    hidden = torch.randn(70, 32, requires_grad=True)
+    loss = chunked_cross_entropy(hidden, targets, head)
+    loss.backward()
+    counts = targets != -100
+    want = chunked_cross_entropy(hidden.detach()[counts], targets[counts], head)
+    torch.testing.assert_close(loss, want)
+    assert not hidden.grad[~counts].any() and bool(hidden.grad[counts].any(1).all())
 
 
 @pytest.mark.parametrize("packed", [True, False])

@@ -60,7 +60,7 @@ def test_it_equals_quantising_afterwards(saved: Path, double_quant: bool) -> Non
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
     assert torch.equal(logits(model), logits(expected))
     assert base_fingerprint(model) == base_fingerprint(load(saved))
-    assert type(model.lm_head) is torch.nn.Linear and len(list(layers(model))) == 14
+    assert "lm_head" not in dict(layers(model)) and len(list(layers(model))) == 14
 
 
 def test_bfloat16_is_quantised_from_bfloat16(saved: Path) -> None:
@@ -167,6 +167,23 @@ def test_a_checkpoint_that_is_not_whole_is_refused(
     os.truncate(file, file.stat().st_size - 100)
     with pytest.raises(ModelError, match="file not fully covered"):
         load(tmp_path, quant=quant)
+
+
+@pytest.mark.parametrize("scheme", ["int8", "e2m1"])
+def test_what_no_file_has_a_format_for_is_not_saved(saved: Path, tmp_path: Path, scheme: str) -> None:
+    model = lorica.quantize(load(saved), scheme)
+    with pytest.raises(ModelError, match=f"quantised to {scheme} cannot be saved"):
+        model.save_pretrained(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_with_nothing_to_quantise(tmp_path: Path) -> None:
+    """A Llama without layers has a head, which is never quantised."""
+    config = LlamaConfig(hidden_size=16, num_hidden_layers=0, num_attention_heads=2, vocab_size=20)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "empty")
+    assert load(tmp_path / "empty").config.num_hidden_layers == 0
+    with pytest.raises(ModelError, match=r"LlamaForCausalLM holds no weight that could be quantised.*null"):
+        load(tmp_path / "empty", quant="nf4")
 
 
 def test_a_weight_of_another_shape_is_named_and_one_too_many_is_left(saved: Path) -> None:

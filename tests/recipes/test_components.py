@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -83,11 +84,21 @@ def test_bad_rows_stop_it_or_are_left_out(capsys: pytest.CaptureFixture[str]) ->
         components("missing.jsonl")
 
 
-def test_what_counts_is_the_whole_row() -> None:
+def test_what_counts_is_the_whole_row_but_a_system_prompt() -> None:
     turns = (Message("system", "Be brief."), Message("user", "Why?"), Message("assistant", "x" * 3_000))
     conversation = Example(turns, None, (), (), None, "a:1")
-    assert text_of(conversation) == "Be brief.\nWhy?\n" + "x" * 2_000
+    assert text_of(conversation) == "Why?\n" + "x" * 2_000
+    assert text_of(replace(conversation, messages=turns[:1])) == "Be brief."
     assert text_of(Example((), "first", (), (), None, "a:2", text_pair="second")) == "first\nsecond"
+
+
+def test_a_long_system_prompt_hides_no_component(capsys: pytest.CaptureFixture[str]) -> None:
+    texts, _ = mixture({"courts": 60, "编程": 60}, 1)
+    prompt = "You are a helpful, harmless and honest assistant. Always answer as helpfully as possible. " * 3
+    turns = [[("system", prompt), ("user", text), ("assistant", "Yes.")] for text in texts]
+    rows = [{"messages": [{"role": role, "content": content} for role, content in row]} for row in turns]
+    assert main(["components", write("rows.jsonl", rows), "--max-components", "3", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["num"] == 2
 
 
 def test_streamed_rows_are_the_loaded_ones() -> None:

@@ -17,6 +17,7 @@ from lorica.cli import main
 from lorica.config import RunConfig
 from lorica.errors import AdapterError, ConfigError
 from lorica.methods.hydra import HydraLoRA
+from lorica.methods.hydra_static import to_lora
 from lorica.models.load import load_model
 from lorica.recipes.opening import open_model
 from lorica.recipes.static import static_merge
@@ -55,19 +56,23 @@ def test_the_command_writes_lora_and_measures_it(
     routed, tokenizer, _ = open_model(run)
     static = lorica.load_adapter(load_model(tiny_base, dtype="float32", device="cpu"), output).eval()
     base = load_model(tiny_base, dtype="float32", device="cpu").eval()
-    total, of_base, same, count = 0.0, 0.0, 0, 0
-    texts = [json.loads(line) for line in lines][1::2]
-    for row in texts:
-        messages = [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["response"]}]
-        ids = torch.tensor([tokenizer.apply_chat_template(messages, return_dict=False)])
+    total, of_means, of_base, same, count = 0.0, 0.0, 0.0, 0, 0
+    texts = [json.loads(line) for line in lines]
+    turns = [(("user", row["prompt"]), ("assistant", row["response"])) for row in texts]
+    messages = [[{"role": role, "content": content} for role, content in row] for row in turns]
+    tokens = [torch.tensor([tokenizer.apply_chat_template(row, return_dict=False)]) for row in messages]
+    means = to_lora(routed, {name: torch.tensor(gates) for name, gates in result["gates"].items()})
+    for ids in tokens[1::2]:
         with torch.no_grad():
-            p, q, b = (F.log_softmax(model(ids).logits[0].double(), -1) for model in (routed, static, base))
+            p, q, m, b = (F.log_softmax(model(ids).logits[0].double(), -1) for model in (routed, static, means, base))
         total += float(F.kl_div(q, p, log_target=True, reduction="sum"))
+        of_means += float(F.kl_div(m, p, log_target=True, reduction="sum"))
         of_base += float(F.kl_div(b, p, log_target=True, reduction="sum"))
         same += int((p.argmax(-1) == q.argmax(-1)).sum())
         count += ids.shape[1]
     assert result["num_tokens"] == count and math.isclose(result["top1"], same / count, abs_tol=1e-6)
     assert result["kl"] == pytest.approx(total / count, rel=0.03) and total > 0
+    assert result["kl_of_means"] == pytest.approx(of_means / count, rel=0.03) and of_means != total
     # The norm that was trained stays in both, so the base is further away than it alone tells.
     assert result["kl_of_base"] == pytest.approx(of_base / count, rel=0.05)
 

@@ -156,6 +156,21 @@ def test_a_base_that_was_saved_quantised_is_trained_too(
     assert not (tmp_path / "merged").exists()
 
 
+def test_fp4_goes_the_whole_way_from_its_configuration(configure: Config, tmp_path: Path) -> None:
+    file, run = tmp_path / "run.yaml", tmp_path / "run"
+    file.write_text(dump_yaml(configure(run, quant="fp4", max_steps=4)))
+    setting, _ = look_around(load_config(file).config, require_data=True)
+    assert lorica.train(file).read_back_difference == 0.0
+    model, _, _ = open_model(run)
+    assert format_of(model) == "fp4, double_quant" and losses(run)[-1] < losses(run)[0]
+    planned = [rehearse_run(configure(run, quant=scheme), setting).parts.weights for scheme in ("fp4", "nf4", None)]
+    assert planned[0] == planned[1] < planned[2]
+    report = evaluate(run, generate=False).all
+    assert report.base is not None and report.adapter.loss < report.base.loss
+    merge(run, tmp_path / "merged", ["model.quant=fp4"])
+    assert format_of(load_model(tmp_path / "merged", dtype="float32", device="cpu")) == "fp4, double_quant"
+
+
 def test_a_base_that_was_saved_in_fp4_serves_every_verb(configure: Config, tiny_base: Path, tmp_path: Path) -> None:
     base, run = tmp_path / "base", tmp_path / "run"
     load_model(tiny_base, dtype="float32", device="cpu", quant="fp4", double_quant=False).save_pretrained(base)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lorica.training import speed as speed_module
-from lorica.training.rehearsal import Operation
+from lorica.training.ledger import Operation
 from lorica.training.speed import Speed, measure_speed
 
 

@@ -1,4 +1,4 @@
-/* What blockwise.c works with: types of numbers and the ways between them, vectors, and tables of 16 numbers. */
+/* What all sources here work with: types of numbers and the ways between them, vectors, and tables of 16 numbers. */
 #pragma once
 
 #include <math.h>
@@ -25,6 +25,7 @@ enum { SMALL = 1 << 14 };               /* below this many elements a second thr
 static const int64_t STREAM_BYTES = (int64_t)24 << 20;
 
 typedef float floats __attribute__((vector_size(4 * LANES)));
+typedef int32_t integers __attribute__((vector_size(4 * LANES)));
 typedef float unaligned_floats __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 /* Loops over the rows of a tile: unrolled, so that their accumulators are registers. */
 #define UNROLLED _Pragma("GCC unroll 4")
@@ -110,6 +111,36 @@ static void save(void *to, int type, int64_t start, const float *from, int64_t c
 #endif
         for (; i < count; i++) halves[i] = to_float16(from[i]);
     }
+}
+
+/* ------------------------------------------------------------------ functions of vectors */
+
+/* Where the mask is set a, else b. */
+static inline floats choose(integers mask, floats a, floats b) {
+    return (floats)((mask & (integers)a) | (~mask & (integers)b));
+}
+
+static inline float sum_of(floats vector) {
+    float sum = 0;
+    for (int i = 0; i < LANES; i++) sum += vector[i];
+    return sum;
+}
+
+/* 2^x for x <= 0, to 1e-7 of the result; 0 below the smallest normal number. */
+static inline floats exp2_of(floats x) {
+    const float magic = 0x1.8p23f; /* adding it rounds to a whole number, which stands in the last bits */
+    const integers small = x <= -126.0f; /* not set for a NaN, which stays one */
+    const floats low = choose(small, (floats){0} - 126.0f, x);
+    const floats shifted = low + magic, f = low - (shifted - magic);
+    const floats power = (floats)(((integers)shifted - (int32_t)bits_of(magic) + 127) << 23);
+    /* The polynomial nearest to 2^f for |f| <= 1/2. */
+    floats y = f * 1.54352254e-4f + 1.33999557e-3f;
+    y = y * f + 9.61804048e-3f;
+    y = y * f + 5.55032795e-2f;
+    y = y * f + 2.40226509e-1f;
+    y = y * f + 6.93147182e-1f;
+    y = y * f + 1.0f;
+    return choose(small, (floats){0}, y * power);
 }
 
 /* The largest |x|. As integers, a float's bits without the sign order as the floats do, and NaN above all: it wins. */

@@ -1,7 +1,7 @@
 /* Products of few rows: y[r, o] = sum over i of x[r, i] w[o, i], where w is read once, as it is stored.
  *
- * A weight in codes, or of 16 bits, becomes float32 in registers only, where it meets x; up to TILE rows of x share
- * that. Scales that are quantised themselves are read as they are too. In 4 bits there are three ways:
+ * A weight in codes becomes float32 in registers only, where it meets x; up to TILE rows of x share that. Scales that
+ * are quantised themselves are read as they are too. In 4 bits there are three ways:
  *   any shape        elements looked up one by one, since a row may begin in the middle of a byte;
  *   in % 32 == 0     vectors of float32;
  *   AVX2, 16-bit x   vectors of int16 (below), three times as fast, because AVX2 has no quick lookup of floats.
@@ -37,12 +37,6 @@ static inline floats multiply_add(floats a, floats b, floats c) {
 #else
     return a * b + c;
 #endif
-}
-
-static inline float sum_of(floats vector) {
-    float sum = 0;
-    for (int i = 0; i < LANES; i++) sum += vector[i];
-    return sum;
 }
 
 /* x: `rows` rows of float32. */
@@ -293,91 +287,6 @@ int lorica_linear_8bit(const void *x, int type, int64_t rows, int64_t inputs, in
     float *wide = malloc(4 * rows * inputs);
     load(wide, x, type, 0, rows * inputs);
     multiply(dot_numbers, &w, wide, rows, y, type, inputs * outputs < SMALL ? 1 : threads);
-    free(wide);
-    return 1;
-}
-
-/* ------------------------------------------------------------------ with a weight of 16 bits */
-
-/* 2 * LANES elements: of bfloat16 the even ones, then the odd ones; of float16 in order. */
-static INLINE void halves_at(const uint16_t *from, const int type, floats halves[2]) {
-#if SIMD == 512
-    const __m512i words = _mm512_loadu_si512(from);
-    if (type == BFLOAT16) {
-        halves[0] = (floats)_mm512_castsi512_ps(_mm512_slli_epi32(words, 16));
-        halves[1] = (floats)_mm512_castsi512_ps(_mm512_and_si512(words, _mm512_set1_epi32((int)0xffff0000)));
-    } else {
-        halves[0] = (floats)_mm512_cvtph_ps(_mm512_castsi512_si256(words));
-        halves[1] = (floats)_mm512_cvtph_ps(_mm512_extracti64x4_epi64(words, 1));
-    }
-#elif SIMD == 256
-    const __m256i words = _mm256_loadu_si256((const __m256i *)from);
-    if (type == BFLOAT16) {
-        halves[0] = (floats)_mm256_castsi256_ps(_mm256_slli_epi32(words, 16));
-        halves[1] = (floats)_mm256_castsi256_ps(_mm256_and_si256(words, _mm256_set1_epi32((int)0xffff0000)));
-    } else {
-        halves[0] = (floats)_mm256_cvtph_ps(_mm256_castsi256_si128(words));
-        halves[1] = (floats)_mm256_cvtph_ps(_mm256_extracti128_si256(words, 1));
-    }
-#else
-    float values[2 * LANES];
-    load(values, from, type, 0, 2 * LANES);
-    if (type == BFLOAT16) deal_floats(values, 2 * LANES);
-    memcpy(halves, values, sizeof values);
-#endif
-}
-
-/* x: rows of float32, dealt as the elements of the weight are. */
-static INLINE void dot_halves_of(const Weight *w, int64_t output, const float *x, const int rows, const int type,
-                                 float *sums) {
-    const uint16_t *from = (const uint16_t *)w->codes + output * w->inputs;
-    floats total[TILE][2];
-    UNROLLED for (int r = 0; r < rows; r++) total[r][0] = total[r][1] = (floats){0};
-    int64_t i = 0;
-    for (; i + 2 * LANES <= w->inputs; i += 2 * LANES) {
-        floats halves[2];
-        halves_at(from + i, type, halves);
-        UNROLLED for (int r = 0; r < rows; r++) {
-            const unaligned_floats *here = (const unaligned_floats *)(x + r * w->inputs + i);
-            total[r][0] = multiply_add(halves[0], here[0], total[r][0]);
-            total[r][1] = multiply_add(halves[1], here[1], total[r][1]);
-        }
-    }
-    UNROLLED for (int r = 0; r < rows; r++) sums[r] = sum_of(total[r][0] + total[r][1]);
-    for (; i < w->inputs; i++) {
-        const float value = type == BFLOAT16 ? float_of((uint32_t)from[i] << 16) : from_float16(from[i]);
-        for (int r = 0; r < rows; r++) sums[r] += value * x[r * w->inputs + i];
-    }
-}
-
-static void dot_bfloat16(const Weight *w, int64_t output, const float *x, int rows, float *sums) {
-    switch (rows) {
-    case 1: dot_halves_of(w, output, x, 1, BFLOAT16, sums); break;
-    case 2: dot_halves_of(w, output, x, 2, BFLOAT16, sums); break;
-    case 3: dot_halves_of(w, output, x, 3, BFLOAT16, sums); break;
-    default: dot_halves_of(w, output, x, 4, BFLOAT16, sums);
-    }
-}
-
-static void dot_float16(const Weight *w, int64_t output, const float *x, int rows, float *sums) {
-    switch (rows) {
-    case 1: dot_halves_of(w, output, x, 1, FLOAT16, sums); break;
-    case 2: dot_halves_of(w, output, x, 2, FLOAT16, sums); break;
-    case 3: dot_halves_of(w, output, x, 3, FLOAT16, sums); break;
-    default: dot_halves_of(w, output, x, 4, FLOAT16, sums);
-    }
-}
-
-/* x [rows, inputs], weight [outputs, inputs], y [rows, outputs], all of `type`, one of 16 bits. 1: done. */
-int lorica_linear_16bit(const void *x, int type, int64_t rows, int64_t inputs, int64_t outputs, const void *weight,
-                        void *y, int threads) {
-    const Weight w = {.codes = weight, .inputs = inputs, .outputs = outputs};
-    float *wide = malloc(4 * rows * inputs);
-    load(wide, x, type, 0, rows * inputs);
-    if (type == BFLOAT16)
-        for (int64_t r = 0; r < rows; r++) deal_floats(wide + r * inputs, inputs - inputs % (2 * LANES));
-    Dot *dot = type == BFLOAT16 ? dot_bfloat16 : dot_float16;
-    multiply(dot, &w, wide, rows, y, type, inputs * outputs < SMALL ? 1 : threads);
     free(wide);
     return 1;
 }
