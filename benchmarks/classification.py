@@ -304,7 +304,7 @@ def main() -> None:
         return
     import random
 
-    rows = [json.loads(line) for line in Path(options.train).read_text(encoding="utf-8").splitlines()]
+    rows = [json.loads(line) for line in Path(options.train).read_text(encoding="utf-8").strip("\n").split("\n")]
     random.Random(0).shuffle(rows)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

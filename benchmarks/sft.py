@@ -69,7 +69,8 @@ Result = dict[str, Any]
 
 
 def read_rows(path: str, limit: int) -> list[dict[str, str]]:
-    lines = Path(path).read_text(encoding="utf-8").splitlines()[:limit]
+    # Not `splitlines`, which also breaks at separators that JSON leaves as they are.
+    lines = Path(path).read_text(encoding="utf-8").strip("\n").split("\n")[:limit]
     return [{"prompt": row["prompt"], "response": row["response"]} for row in map(json.loads, lines)]
 
 
