@@ -64,9 +64,8 @@ def _built(path: Path, flags: Sequence[str]) -> Path:
     if shutil.which(compiler[0]) is None:
         raise FileNotFoundError("cc or c++ is missing" if compiler == [default] else f"there is no {compiler[0]}")
     command = [*compiler, "-O3", "-fPIC", "-shared", str(path), *flags]
-    version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=True, timeout=60).stdout
     texts = [file.read_text() for file in (path, *sorted(path.parent.glob("*.h")))]
-    key = hashlib.sha256("\0".join([*texts, version, *command[:-1], *flags, _processor()]).encode())
+    key = hashlib.sha256("\0".join([*texts, _version(*compiler), *command[:-1], *flags, _processor()]).encode())
     target = cache_folder() / f"{path.stem}-{key.hexdigest()[:16]}.so"
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -78,6 +77,12 @@ def _built(path: Path, flags: Sequence[str]) -> Path:
     return target
 
 
+@cache
+def _version(*compiler: str) -> str:
+    return subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=True, timeout=60).stdout
+
+
+@cache
 def _processor() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
