@@ -134,3 +134,24 @@ def test_an_mlp_keeps_gate_and_up_and_no_product_of_them(checkpointed: bool) -> 
             kept[name] = sum(ledger.sizes[number] == 4 * 7 * 48 for number in ledger.alive())
         out.sum().backward()
     assert kept == ({"plain": 0, "lean": 0} if checkpointed else {"plain": 4, "lean": 2})
+
+
+class Swish(nn.Module):
+    """x sigmoid(beta x): SiLU until beta is trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.beta = nn.Parameter(torch.ones(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * torch.sigmoid(self.beta * x)
+
+
+def test_an_activation_that_is_trained_keeps_its_own_formula() -> None:
+    mlp = GatedMLP(nn.Linear(4, 6), nn.Linear(4, 6), nn.Linear(6, 4), Swish())
+    x = torch.randn(3, 4)
+    before = mlp(x)
+    nn.init.constant_(mlp.act_fn.beta, 3.0)
+    want = mlp.down_proj(mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x))
+    torch.testing.assert_close(mlp(x), want)
+    assert not torch.allclose(before, want)
