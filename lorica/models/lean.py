@@ -113,9 +113,6 @@ class GatedMLP(nn.Module):
 
 def _known_act(act: nn.Module) -> str | None:
     """The one of the compiled activations that `act` is, or None."""
-    if any(True for _ in act.parameters()) or any(True for _ in act.buffers()):
-        # What it computes now it need not compute later.
-        return None
     with _real_tensors():
         x = torch.linspace(-6, 6, 49)
         known = {"silu": F.silu(x), "gelu_tanh": F.gelu(x, approximate="tanh")}
@@ -191,6 +188,9 @@ def _replacement(module: nn.Module) -> nn.Module | None:
         plus_one = _is_rms_norm(type(module))  # type: ignore[arg-type]
         return None if plus_one is None else RMSNorm(parameters["weight"], _eps(module), plus_one)
     gated = set(children) == {"gate_proj", "up_proj", "down_proj", "act_fn"} and not parameters
+    if gated and any(True for _ in children["act_fn"].parameters()):
+        # Which may be trained, and backward here knows of gate and up alone.
+        return None
     return GatedMLP(**children) if gated and _is_gated(type(module)) else None  # type: ignore[arg-type]
 
 
