@@ -22,7 +22,15 @@ from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
+import torch
+
 _SOURCES = Path(__file__).parent / "csrc"
+
+FLAGS = ("-march=native", "-fopenmp", "-ffp-contract=fast", "-lm")
+"""For kernels whose roundings nobody compares bit by bit."""
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+"""As csrc/numbers.h numbers them."""
+
 _COMPILERS = {".c": ("CC", "cc"), ".cpp": ("CXX", "c++")}
 
 

@@ -17,12 +17,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lorica.kernels import reference
-from lorica.kernels.build import library
+from lorica.kernels.build import TYPES, library
 from lorica.kernels.linear import cpu_computes, is_widened
 
 # Contraction would fuse the steps of the 8-bit search into one rounding, and bitsandbytes does not.
 _FLAGS = ("-march=native", "-fopenmp", "-ffp-contract=off", "-lm")
-_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 _P, _I, _L = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
 _ARGUMENTS = {
@@ -48,13 +47,13 @@ def compiled(flags: tuple[str, ...] = _FLAGS) -> Any:
 
 def quantize_4bit(x: Tensor, codebook: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
     built = compiled()
-    if built is None or x.dtype not in _TYPES:
+    if built is None or x.dtype not in TYPES:
         return reference.quantize_4bit(x, codebook, blocksize)
     x, count = x.detach().contiguous(), x.numel()
     codes, absmax = _bytes((count + 1) // 2, 1), _floats(-(-count // blocksize))
     bounds, order = reference.midpoints(codebook)
     built.lorica_quantize_4bit(
-        x.data_ptr(), _TYPES[x.dtype], count, blocksize, bounds.data_ptr(), order.data_ptr(), codes.data_ptr(),
+        x.data_ptr(), TYPES[x.dtype], count, blocksize, bounds.data_ptr(), order.data_ptr(), codes.data_ptr(),
         absmax.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return codes, absmax
@@ -62,12 +61,12 @@ def quantize_4bit(x: Tensor, codebook: Tensor, blocksize: int) -> tuple[Tensor, 
 
 def quantize_8bit(x: Tensor, codebook: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
     built = compiled()
-    if built is None or x.dtype not in _TYPES:
+    if built is None or x.dtype not in TYPES:
         return reference.quantize_8bit(x, codebook, blocksize)
     x, nearest = x.detach().contiguous(), reference.nearest_codes(codebook)
     codes, absmax = _bytes(*x.shape), _floats(-(-x.numel() // blocksize))
     built.lorica_quantize_8bit(
-        x.data_ptr(), _TYPES[x.dtype], x.numel(), blocksize, nearest.data_ptr(), codes.data_ptr(), absmax.data_ptr(),
+        x.data_ptr(), TYPES[x.dtype], x.numel(), blocksize, nearest.data_ptr(), codes.data_ptr(), absmax.data_ptr(),
         torch.get_num_threads(),
     )  # fmt: skip
     return codes, absmax
@@ -77,26 +76,26 @@ def dequantize_4bit(
     codes: Tensor, absmax: Tensor, codebook: Tensor, blocksize: int, shape: Sequence[int], dtype: torch.dtype
 ) -> Tensor:
     built = compiled()
-    if built is None or dtype not in _TYPES:
+    if built is None or dtype not in TYPES:
         return reference.dequantize_4bit(codes, absmax, codebook, blocksize, shape, dtype)
     codes, absmax, codebook = codes.contiguous(), absmax.contiguous(), codebook.contiguous()
     out = torch.empty(shape, dtype=dtype)
     built.lorica_dequantize_4bit(
         codes.data_ptr(), absmax.data_ptr(), codebook.data_ptr(), math.prod(shape), blocksize, out.data_ptr(),
-        _TYPES[dtype], torch.get_num_threads(),
+        TYPES[dtype], torch.get_num_threads(),
     )  # fmt: skip
     return out
 
 
 def dequantize_8bit(codes: Tensor, absmax: Tensor, codebook: Tensor, blocksize: int, dtype: torch.dtype) -> Tensor:
     built = compiled()
-    if built is None or dtype not in _TYPES:
+    if built is None or dtype not in TYPES:
         return reference.dequantize_8bit(codes, absmax, codebook, blocksize, dtype)
     codes, absmax, codebook = codes.contiguous(), absmax.contiguous(), codebook.contiguous()
     out = torch.empty(codes.shape, dtype=dtype)
     built.lorica_dequantize_8bit(
         codes.data_ptr(), absmax.data_ptr(), codebook.data_ptr(), codes.numel(), blocksize, out.data_ptr(),
-        _TYPES[dtype], torch.get_num_threads(),
+        TYPES[dtype], torch.get_num_threads(),
     )  # fmt: skip
     return out
 
@@ -154,7 +153,7 @@ def _product_dtype(x: Tensor) -> torch.dtype:
 
 def fused_rows(dtype: torch.dtype) -> int:
     """Up to how many rows of x `fused_linear_4bit` is the faster way (measured, benchmarks/quant.py); 0: never."""
-    if dtype not in _TYPES or compiled() is None:
+    if dtype not in TYPES or compiled() is None:
         return 0
     return 16 if cpu_computes(dtype) else 64
 
@@ -175,11 +174,11 @@ def _fused(
 ) -> Tensor | None:  # fmt: skip
     """None where the C function says that this is not for it."""
     built, in_features = compiled(), x.shape[-1]
-    assert built is not None and x.dtype in _TYPES
+    assert built is not None and x.dtype in TYPES
     x, codes, absmax, codebook = x.contiguous(), codes.contiguous(), absmax.contiguous(), codebook.contiguous()
     y = torch.empty((*x.shape[:-1], out_features), dtype=x.dtype)
     is_done = getattr(built, name)(
-        x.data_ptr(), _TYPES[x.dtype], x.numel() // in_features, in_features, out_features, codes.data_ptr(),
+        x.data_ptr(), TYPES[x.dtype], x.numel() // in_features, in_features, out_features, codes.data_ptr(),
         absmax.data_ptr(), codebook.data_ptr(), blocksize, y.data_ptr(), torch.get_num_threads(),
         *([part.data_ptr() for part in nested] or (None, None, None)),
     )  # fmt: skip

@@ -27,13 +27,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from lorica.kernels.build import library
+from lorica.kernels.build import FLAGS, TYPES, library
 from lorica.kernels.linear import cpu_computes
 
-_FLAGS = ("-march=native", "-fopenmp", "-ffp-contract=fast", "-lm")
 # Of attention_bfloat16.c, by what the processor has to have; the faster first.
 _TILE_FLAGS = {"amx_bf16": ("-DAMX", "-mamx-tile", "-mamx-bf16"), "avx512_bf16": ("-mavx512bf16",)}
-_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _NO_WINDOW = 2**40
 _P, _I, _L = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
 
@@ -62,7 +60,7 @@ class _Attention(ctypes.Structure):
 @cache
 def compiled() -> Any:
     """The C library, or None where it cannot be."""
-    return _loaded("attention.c", _FLAGS)
+    return _loaded("attention.c", FLAGS)
 
 
 @cache
@@ -70,7 +68,7 @@ def tiled() -> Any:
     """The C library that has the processor multiply bfloat16, or None where it cannot, may not or does it wrong."""
     able = torch.cpu.get_capabilities()
     for feature, flags in _TILE_FLAGS.items():
-        built = _loaded("attention_bfloat16.c", (*_FLAGS, *flags)) if able.get(feature) else None
+        built = _loaded("attention_bfloat16.c", (*FLAGS, *flags)) if able.get(feature) else None
         if built is not None and built.lorica_tiles_are_lent():
             if _is_right(built):
                 return built
@@ -121,7 +119,7 @@ def _trial(built: Any) -> list[npt.NDArray[np.float32]]:
     grads = [np.zeros((len(borders), 1, prefix, size), np.float32) for _ in range(2)]
     log_sum = np.zeros((tokens, heads), np.float32)
     attention = _Attention(
-        type=_TYPES[torch.bfloat16],
+        type=TYPES[torch.bfloat16],
         causal=1,
         heads=heads,
         key_heads=1,
@@ -154,7 +152,7 @@ def takes(query: Tensor, key: Tensor, causal: bool) -> bool:
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _computes(dtype: torch.dtype) -> bool:
-    if dtype not in _TYPES or compiled() is None:
+    if dtype not in TYPES or compiled() is None:
         return False
     by_torch = dtype is not torch.float32 and cpu_computes(dtype)
     return not by_torch or (dtype is torch.bfloat16 and tiled() is not None)
@@ -228,7 +226,7 @@ class _Inputs(NamedTuple):
 
     def described(self, out: Tensor, log_sum: Tensor) -> _Attention:
         return _Attention(
-            type=_TYPES[self.query.dtype],
+            type=TYPES[self.query.dtype],
             causal=self.causal,
             heads=self.query.shape[1],
             key_heads=self.key.shape[1],
@@ -248,7 +246,7 @@ class _Inputs(NamedTuple):
 
 
 def _run(name: str, description: _Attention) -> None:
-    built = tiled() if description.type == _TYPES[torch.bfloat16] else None
+    built = tiled() if description.type == TYPES[torch.bfloat16] else None
     if not getattr(built or compiled(), name)(ctypes.byref(description), torch.get_num_threads()):
         raise MemoryError(f"{name}: there is no memory for its blocks")
 

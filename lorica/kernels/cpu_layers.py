@@ -17,12 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorica.kernels.build import library
+from lorica.kernels.build import FLAGS, TYPES, library
 from lorica.kernels.linear import is_stand_in
+from lorica.kernels.rows import ACTS
 
-ACTS = ("silu", "gelu_tanh")
-_FLAGS = ("-march=native", "-fopenmp", "-ffp-contract=fast", "-lm")
-_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _P, _I, _L = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
 
 
@@ -47,7 +45,7 @@ class _Gate(ctypes.Structure):
 @cache
 def compiled() -> Any:
     """The C library, or None where it cannot be."""
-    built = library("layers.c", _FLAGS)
+    built = library("layers.c", FLAGS)
     if built is not None:
         for name, structure in (("lorica_rms_norm", _Norm), ("lorica_gate", _Gate)):
             for function in (name, f"{name}_backward"):
@@ -61,7 +59,7 @@ def takes(*tensors: Tensor) -> bool:
     first = tensors[0]
     return (
         first.device.type == "cpu"
-        and first.dtype in _TYPES
+        and first.dtype in TYPES
         and all(t.dtype is first.dtype for t in tensors)
         and not is_stand_in()
         and compiled() is not None
@@ -70,7 +68,7 @@ def takes(*tensors: Tensor) -> bool:
 
 def _norm_of(x: Tensor, weight: Tensor, scale: Tensor, plus_one: bool, **more: Any) -> _Norm:
     return _Norm(
-        type=_TYPES[x.dtype], plus_one=plus_one, rows=scale.numel(), size=x.shape[-1],
+        type=TYPES[x.dtype], plus_one=plus_one, rows=scale.numel(), size=x.shape[-1],
         x=x.data_ptr(), weight=weight.data_ptr(), scale=scale.data_ptr(), **more,
     )  # fmt: skip
 
@@ -97,7 +95,7 @@ def _rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor, p
 
 def _gate_of(gate: Tensor, up: Tensor, act: str, **more: Any) -> _Gate:
     return _Gate(
-        type=_TYPES[gate.dtype], act=ACTS.index(act), count=gate.numel(), gate=gate.data_ptr(), up=up.data_ptr(), **more
+        type=TYPES[gate.dtype], act=ACTS.index(act), count=gate.numel(), gate=gate.data_ptr(), up=up.data_ptr(), **more
     )
 
 
@@ -167,7 +165,7 @@ def rms_norm_now(x: Tensor, weight: Tensor, eps: float, plus_one: bool) -> Tenso
     x, size = x.contiguous(), x.shape[-1]
     out, rows = torch.empty_like(x), x.numel() // size
     place, held, to = x.data_ptr(), weight.data_ptr(), out.data_ptr()
-    described = _Norm(_TYPES[x.dtype], plus_one, rows, size, eps, place, held, None, to)
+    described = _Norm(TYPES[x.dtype], plus_one, rows, size, eps, place, held, None, to)
     compiled().lorica_rms_norm(described, torch.get_num_threads())
     return out
 
@@ -177,7 +175,7 @@ def gate_now(gate: Tensor, up: Tensor, act: str) -> Tensor:
     gate, up = gate.contiguous(), up.contiguous()
     out = torch.empty_like(gate)
     described = _Gate(
-        _TYPES[gate.dtype], ACTS.index(act), gate.numel(), gate.data_ptr(), up.data_ptr(), None, out.data_ptr()
+        TYPES[gate.dtype], ACTS.index(act), gate.numel(), gate.data_ptr(), up.data_ptr(), None, out.data_ptr()
     )
     compiled().lorica_gate(described, torch.get_num_threads())
     return out

@@ -19,10 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorica.kernels.build import library
+from lorica.kernels.build import FLAGS, TYPES, library
 
-_FLAGS = ("-march=native", "-fopenmp", "-ffp-contract=fast", "-lm")
-_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _BLOCK_BYTES = 4 << 20  # of the formula's float32 copy: it stays in the cache, and no plan has to count it
 _P, _L, _F, _I = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int32
 
@@ -39,7 +37,7 @@ class _Loss(ctypes.Structure):
 @cache
 def compiled() -> Any:
     """The C library, or None where it cannot be."""
-    built = library("loss.c", _FLAGS)
+    built = library("loss.c", FLAGS)
     if built is not None:
         built.lorica_cross_entropy.argtypes = (ctypes.POINTER(_Loss), ctypes.c_int)
     return built
@@ -93,14 +91,14 @@ def reference(logits: Tensor, targets: Tensor, scale: float, cap: float | None, 
 
 def _on_cpu(logits: Tensor, targets: Tensor, scale: float, cap: float | None, with_gradient: bool) -> Tensor:
     built = compiled()
-    if built is None or logits.dtype not in _TYPES:
+    if built is None or logits.dtype not in TYPES:
         return reference(logits, targets, scale, cap, with_gradient)
     assert logits.is_contiguous() and targets.is_contiguous() and targets.dtype is torch.int64
     rows, columns = logits.shape
     losses = torch.empty(rows, dtype=torch.float32)
     loss = _Loss(
         logits.data_ptr(), targets.data_ptr(), losses.data_ptr(), rows, columns, scale, cap or 0.0,
-        _TYPES[logits.dtype], with_gradient,
+        TYPES[logits.dtype], with_gradient,
     )  # fmt: skip
     if not built.lorica_cross_entropy(ctypes.byref(loss), torch.get_num_threads()):
         raise _no_such_column(logits, targets)
@@ -112,7 +110,7 @@ def _on_cuda(logits: Tensor, targets: Tensor, scale: float, cap: float | None, w
         from lorica.kernels import triton_loss
     except ImportError:
         return reference(logits, targets, scale, cap, with_gradient)
-    if logits.dtype not in _TYPES:
+    if logits.dtype not in TYPES:
         return reference(logits, targets, scale, cap, with_gradient)
     losses: Tensor = triton_loss.cross_entropy_(logits, targets, scale, cap, with_gradient)
     return losses

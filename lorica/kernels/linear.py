@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lorica.kernels import rows
+from lorica.kernels.build import TYPES
 
 _IS_STAND_IN = ContextVar("_IS_STAND_IN", default=False)
 
@@ -46,7 +47,7 @@ def most_rows(dtype: torch.dtype) -> int:
 
     Where the processor has arithmetic of its own for 16 bits, only while reading the weight is all that counts.
     """
-    if dtype not in rows.TYPES or rows.compiled() is None:
+    if dtype not in TYPES or rows.compiled() is None:
         return 0
     if dtype is torch.float32:
         return 32
@@ -88,7 +89,7 @@ def _is_for_rows(x: Tensor, weight: Tensor) -> bool:
     return (
         torch.is_inference_mode_enabled()
         and 0 < x.numel() <= x.shape[-1] * most_rows(x.dtype)
-        and weight.dtype in rows.TYPES
+        and weight.dtype in TYPES
         and x.is_cpu
         and not is_stand_in()
     )

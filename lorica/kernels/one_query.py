@@ -16,11 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorica.kernels.build import library
+from lorica.kernels.build import FLAGS, TYPES, library
 from lorica.kernels.linear import is_unwatched
 
-_FLAGS = ("-march=native", "-fopenmp", "-ffp-contract=fast", "-lm")
-_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _P, _I, _L, _F = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_float
 
 
@@ -37,7 +35,7 @@ class _OneQuery(ctypes.Structure):
 
 
 @cache
-def compiled(flags: tuple[str, ...] = _FLAGS) -> Any:
+def compiled(flags: tuple[str, ...] = FLAGS) -> Any:
     """The C function, or None where it cannot be."""
     built = library("one_query.c", flags)
     if built is None:
@@ -52,7 +50,7 @@ def takes(query: Tensor, key: Tensor, mask: Tensor | None) -> bool:
         query.shape[2] == 1
         and is_unwatched(query)
         and query.device.type == "cpu"
-        and query.dtype in _TYPES
+        and query.dtype in TYPES
         and key.dtype is query.dtype
         and (mask is None or (mask.dtype is torch.bool and mask.shape[1:3] == (1, 1)))
         and compiled() is not None
@@ -85,7 +83,7 @@ def attend(
     sinks = None if sinks is None else sinks.float().contiguous()
     out = query.new_empty((rows, 1, heads, value.shape[3]))
     described = _OneQuery(
-        _TYPES[query.dtype], torch.get_num_threads(), rows, heads, key.shape[1], key.shape[2], size, value.shape[3],
+        TYPES[query.dtype], torch.get_num_threads(), rows, heads, key.shape[1], key.shape[2], size, value.shape[3],
         scale, softcap or 0.0, query.data_ptr(), key.data_ptr(), value.data_ptr(), *key.stride()[:3],
         *value.stride()[:3], None if mask is None else mask.data_ptr(), 0 if mask is None else mask.stride(0),
         None if sinks is None else sinks.data_ptr(), out.data_ptr(),

@@ -17,16 +17,14 @@ import torch
 from torch import Tensor
 
 from lorica.kernels import reference
-from lorica.kernels.build import library
+from lorica.kernels.build import FLAGS, TYPES, library
 
-_FLAGS = ("-march=native", "-fopenmp", "-ffp-contract=fast", "-lm")
 ACTS = ("silu", "gelu_tanh")
-TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _P, _I, _L, _F = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
 
 
 @cache
-def compiled(flags: tuple[str, ...] = _FLAGS) -> Any:
+def compiled(flags: tuple[str, ...] = FLAGS) -> Any:
     """The C library, or None where it cannot be."""
     built = library("rows.c", flags)
     if built is not None:

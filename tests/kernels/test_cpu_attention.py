@@ -158,7 +158,7 @@ def simd(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     flags = (f"-march={MARCH[request.param]}", "-Wall", "-Wextra", "-Werror", "-Wno-unused-function", "-Wno-psabi")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(build, "cache_folder", lambda: tmp_path_factory.mktemp("cache"))
-        patch.setattr(cpu_attention, "_FLAGS", (*flags, *cpu_attention._FLAGS[1:]))
+        patch.setattr(cpu_attention, "FLAGS", (*flags, *cpu_attention.FLAGS[1:]))
         cpu_attention.compiled.cache_clear()
         built = cpu_attention.compiled()
         assert built is not None
@@ -180,7 +180,7 @@ def emulated(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     flags = ("-DEMULATED", f"-D{request.param}", "-Wall", "-Wextra", "-Werror", "-Wno-unused-function", "-Wno-psabi")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(build, "cache_folder", lambda: tmp_path_factory.mktemp("cache"))
-        built = cpu_attention._loaded("attention_bfloat16.c", (*cpu_attention._FLAGS, *flags))
+        built = cpu_attention._loaded("attention_bfloat16.c", (*cpu_attention.FLAGS, *flags))
     assert built is not None
     return built
 

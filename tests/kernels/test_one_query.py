@@ -20,7 +20,7 @@ from tests.kernels.test_nf4_paths import DTYPES, MARCH, flags, pytestmark, runna
 
 
 def query_flags(simd: int) -> tuple[str, ...]:
-    return (*flags(simd)[:1], "-Wall", "-Wextra", "-Wno-unused-function", "-Werror", *one_query._FLAGS[1:])
+    return (*flags(simd)[:1], "-Wall", "-Wextra", "-Wno-unused-function", "-Werror", *one_query.FLAGS[1:])
 
 
 @pytest.mark.parametrize("simd", MARCH)

@@ -17,7 +17,7 @@ SHAPES = ((1, 1), (5, 64), (33, 37), (17, 100), (18, 1090))
 
 
 def rows_flags(simd: int) -> tuple[str, ...]:
-    return (*flags(simd)[:1], "-Wall", "-Wextra", "-Wno-unused-function", "-Werror", *rows._FLAGS[1:])
+    return (*flags(simd)[:1], "-Wall", "-Wextra", "-Wno-unused-function", "-Werror", *rows.FLAGS[1:])
 
 
 @pytest.mark.parametrize("simd", MARCH)

@@ -3,11 +3,9 @@
  * As torch operations each is half a dozen passes, with a float32 copy of every 16-bit tensor between them. Here a piece
  * of STEP elements is widened into registers, worked on in float32 and rounded once. Tensors are contiguous.
  */
-#include "numbers.h"
+#include "activations.h"
 
-enum { SILU, GELU_TANH };
 enum { PARTS = STEP / LANES };
-#define LOG2_E 1.44269504f
 
 typedef struct { floats of[PARTS]; } Piece;
 
@@ -129,26 +127,6 @@ typedef struct {
     const void *gate, *up, *grad;
     void *out, *grad_gate, *grad_up;
 } Gate;
-
-static inline floats positive(floats x) { return (floats)((integers)x & 0x7fffffff); }
-
-/* act(x) and its derivative. */
-static INLINE floats act_of(int act, floats x, floats *slope) {
-    if (act == SILU) {
-        /* From e^-|x|, which never overflows. */
-        const floats e = exp2_of(positive(x) * -LOG2_E), whole = 1.0f / (1.0f + e);
-        const floats sigmoid = choose(x >= 0.0f, whole, e * whole);
-        *slope = sigmoid * (1.0f + x * (1.0f - sigmoid));
-        return x * sigmoid;
-    }
-    /* x (1 + tanh(inner)) / 2 is x sigmoid(2 inner): arXiv 1606.08415. */
-    const float root = 0.797884561f, cubic = 0.044715f;
-    const floats square = x * x, twice = 2.0f * root * x * (1.0f + cubic * square);
-    const floats e = exp2_of(positive(twice) * -LOG2_E), whole = 1.0f / (1.0f + e);
-    const floats sigmoid = choose(twice >= 0.0f, whole, e * whole);
-    *slope = sigmoid + x * sigmoid * (1.0f - sigmoid) * (2.0f * root) * (1.0f + 3.0f * cubic * square);
-    return x * sigmoid;
-}
 
 static INLINE void gate_piece(const Gate *g, int act, int type, int64_t index) {
     const int64_t i = index * STEP, count = smaller(STEP, g->count - i);

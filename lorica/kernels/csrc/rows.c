@@ -5,7 +5,7 @@
  * waits for memory: from STREAMS places far apart it is given half as much again. Of more rows, a vector holds one input
  * of all of them: an element of W meets it, OUTPUTS of W's rows at a time, so no sum of a vector's elements is taken.
  */
-#include "numbers.h"
+#include "activations.h"
 
 enum { FEW = 4, STREAMS = 4 };
 enum { OUTPUTS = SIMD == 512 ? 12 : 6 }; /* rows of W in a tile: with two vectors each, most of the registers */
@@ -214,19 +214,11 @@ int lorica_linear_rows(const void *x, int x_type, int64_t rows, int64_t inputs, 
 
 /* ------------------------------------------------------------------ gated */
 
-enum { SILU, GELU_TANH };
-
-static INLINE floats act_of(floats x, const int act) {
-    /* Both are x times a sigmoid, gelu's of 2 sqrt(2 / pi) (x + 0.044715 x^3); from e^-|z|, which never overflows. */
-    const floats z = act == SILU ? x : 1.59576912f * (x + 0.044715f * x * x * x);
-    const floats e = exp2_of((floats)((integers)z | (int32_t)0x80000000) * 1.44269504f);
-    return x * choose(z < 0.0f, e, (floats){0} + 1.0f) / (1.0f + e);
-}
-
 static INLINE void gate(float *to, const float *up, int64_t count, const int act) {
     for (int64_t i = 0; i < count; i += LANES) {
         unaligned_floats *here = (unaligned_floats *)(to + i);
-        *here = act_of(*here, act) * *(const unaligned_floats *)(up + i);
+        floats slope;
+        *here = act_of(act, *here, &slope) * *(const unaligned_floats *)(up + i);
     }
 }
 
