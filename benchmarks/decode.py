@@ -2,6 +2,7 @@
 
     python benchmarks/decode.py                                         # 135M Llama shape, float32, one prompt
     python benchmarks/decode.py --shape qwen3 --batch 16 --dtype bfloat16 --adapter lora
+    python benchmarks/decode.py --published                             # weights as a checkpoint in bfloat16 has them
     python benchmarks/decode.py --shape 1b --dtype bfloat16 --quant nf4
     python benchmarks/decode.py --all                                   # every case of the table, appended to the CSV
 
@@ -12,6 +13,10 @@ long answer less an answer of one token. The floor of a step is what it must rea
 the filled part of the cache, over the bandwidth measured in the same run, or its products over the rate of matrix
 products, whichever is longer. The peer of `hydra`, which PEFT does not have, is transformers' `generate` over the same
 adapted model, not equipped.
+
+With `--published` both sides start from weights rounded to bfloat16 and held in float32, which is what Lorica makes of
+nearly every checkpoint on a CPU that computes no bfloat16. Then, and for `8m`, which is such a checkpoint, it stores
+them in 16 bits for decoding (evaluate/compact.py).
 """
 
 from __future__ import annotations
@@ -44,7 +49,7 @@ from train_step import SHAPES, make_config
 
 SIDES = ("lorica", "transformers")
 ADAPTERS = ("none", "lora", "merged", "hydra")
-KEYS = ("shape", "dtype", "batch", "adapter", "quant", "uneven")
+KEYS = ("shape", "dtype", "batch", "adapter", "quant", "uneven", "published")
 
 
 def build(shape: str, dtype: str) -> Any:
@@ -68,6 +73,10 @@ def make(side: str, a: argparse.Namespace) -> Any:
         model = quant_model.load("lorica-nf4" if is_ours else "bitsandbytes", Path(a.folder), a.dtype)
     else:
         model = build(a.shape, a.dtype)
+        if a.published:
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.copy_(parameter.bfloat16())
         if is_ours:
             from lorica.models.load import equip
 
@@ -104,13 +113,13 @@ def run_side(side: str, a: argparse.Namespace) -> dict[str, Any]:
     from transformers import GenerationConfig
     from transformers.utils import logging
 
+    from lorica.evaluate.compact import compact
     from lorica.evaluate.generation import generate
-    from lorica.kernels.pool import install_pool
 
     logging.disable_progress_bar()
-    if side == "lorica":
-        install_pool()
     model = make(side, a)
+    if side == "lorica":
+        compact(model.requires_grad_(False))
     generator = torch.Generator().manual_seed(1)
     lengths = [16 + 48 * row // a.batch for row in range(a.batch)] if a.uneven else [a.prompt] * a.batch
     prompts = [torch.randint(3, 4000, (length,), generator=generator).tolist() for length in lengths]
@@ -139,7 +148,7 @@ def run_side(side: str, a: argparse.Namespace) -> dict[str, Any]:
         "seconds": [seconds for seconds, _ in longs],
         "step": [(seconds - short) / (a.tokens - 1) for seconds, _ in longs],
         "tokens": longs[0][1],
-        "bytes": decode_bytes(model, a.batch * (a.prompt + a.tokens // 2)),
+        "bytes": decode_bytes(model, a.batch * (a.prompt + a.tokens // 2), getattr(torch, a.dtype)),
         "flops": 2 * a.batch * num_weights(model),
         "peak": resident_bytes("VmHWM"),
     }
@@ -225,6 +234,8 @@ def report(a: argparse.Namespace, results: dict[str, list[dict[str, Any]]]) -> N
 CASES = [
     *({"shape": s, "dtype": d, "batch": b} for s, d, b in itertools.product(
         ("8m", "135m", "360m", "1b", "qwen3", "gemma", "gemma2", "gpt2"), ("float32", "bfloat16"), (1, 16))),
+    *({"shape": s, "dtype": "float32", "batch": b, "published": True} for s, b in itertools.product(
+        ("135m", "360m", "1b", "qwen3", "gemma", "gemma2", "gpt2"), (1, 16))),
     *({"shape": "135m", "dtype": d, "batch": b, "adapter": x} for d, b, x in itertools.product(
         ("float32", "bfloat16"), (1, 16), ADAPTERS[1:])),
     *({"shape": "135m", "dtype": d, "batch": 16, "uneven": True} for d in ("float32", "bfloat16")),
@@ -241,6 +252,7 @@ def main() -> None:
     parser.add_argument("--adapter", choices=ADAPTERS, default="none")
     parser.add_argument("--quant", choices=("nf4",))
     parser.add_argument("--uneven", action="store_true", help="prompts of 16 to 64 tokens")
+    parser.add_argument("--published", action="store_true", help="weights that bfloat16 holds, in float32")
     parser.add_argument("--prompt", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=3, help="answers in a process")

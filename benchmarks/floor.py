@@ -204,12 +204,13 @@ def num_pairs(length: int, window: int) -> int:
     return full * (full + 1) // 2 + (length - full) * window
 
 
-def decode_bytes(model: Any, places: int) -> int:
+def decode_bytes(model: Any, places: int, cached: Any = None) -> int:
     """What the decoding of a token reads: every weight once, of the embedding only rows, and `places` of the cache.
 
     Args:
         model: a causal language model, quantised or not.
-        places: filled positions of all answers together; the keys and values are of the model's dtype.
+        places: filled positions of all answers together.
+        cached: dtype of their keys and values; None: the model's.
     """
     held = {id(t): t for t in model.parameters()}
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
@@ -218,7 +219,7 @@ def decode_bytes(model: Any, places: int) -> int:
     text = model.config.get_text_config()
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    cached = places * 2 * heads * size * text.num_hidden_layers * model.dtype.itemsize
+    cached = places * 2 * heads * size * text.num_hidden_layers * (cached or model.dtype).itemsize
     return int(cached + sum(t.nbytes for t in held.values()))
 
 

@@ -98,12 +98,12 @@ def prepare_lorica(case: Case, device: str) -> Callable[[], float]:
     import lorica
     from lorica.data.packing import ROUND_TO, pack
     from lorica.models.loss import make_loss
+    from lorica.training.offload import checkpoint_layers
     from lorica.training.optim import make_optimizer
 
     model = build(case, device, ours=True)
     lorica.adapt(model, lorica.LoRA(rank=16, alpha=32, targets="all-linear"))
-    if case.checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
+    checkpoint_layers(model, case.checkpointing)
     loss_of = make_loss(model.train())
     trained = lorica.trainable_parameters(model)
     optimizer = make_optimizer(trained, lr=1e-3, betas=(0.9, 0.999), epsilon=1e-8, weight_decay=0.01)

@@ -124,13 +124,13 @@ def prepare_lorica(model: Any, *, checkpointing: bool = False) -> Callable[[Any]
     import lorica
     from lorica.models.load import equip
     from lorica.models.loss import make_loss
+    from lorica.training.offload import checkpoint_layers
     from lorica.training.optim import make_optimizer
 
     lorica.adapt(equip(model), lorica.LoRA(rank=RANK, alpha=ALPHA, targets="all-linear"))
     start_alike({name: adapter.lora_a for name, adapter in lorica.adapters(model).items()})
     model.train()
-    if checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
+    checkpoint_layers(model, checkpointing)
     loss_of = make_loss(model)
     trained = lorica.trainable_parameters(model)
     optimizer = make_optimizer(trained, lr=LR, betas=(0.9, 0.999), epsilon=1e-8, weight_decay=0.01)

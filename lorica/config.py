@@ -204,8 +204,10 @@ class TrainConfig(_Section):
     optimizer_bits: Literal[32, 8] = Field(
         default=32, description="bits of each of AdamW's moments; 8: a quarter of the memory, coarser"
     )
-    activation_checkpointing: bool = Field(
-        default=False, description="compute activations twice instead of keeping them: less memory, slower"
+    activation_checkpointing: Literal[False, True, "offload"] = Field(
+        default=False,
+        description="compute activations twice instead of keeping them: less memory, slower; offload: what is kept all "
+        "the same waits on disk, or with a GPU in host memory",
     )
     eval_every: Count = Field(default=50, description="optimizer steps between evaluations")
     save_every: Count = Field(default=50, description="optimizer steps between checkpoints")

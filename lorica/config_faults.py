@@ -113,7 +113,8 @@ def reason(detail: Mapping[str, Any], annotation: Any) -> str:
 def _choices(annotation: Any) -> list[str]:
     """What a Literal allows, or a union of one with None, which is null in YAML."""
     parts = ["null" if part is type(None) else part for part in get_args(annotation)]
-    return [str(choice) for part in parts for choice in get_args(part) or (part,)]
+    choices = [choice for part in parts for choice in get_args(part) or (part,)]
+    return [dump_value(choice) if isinstance(choice, bool) else str(choice) for choice in choices]
 
 
 def show(value: Any) -> str:

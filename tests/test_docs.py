@@ -154,7 +154,7 @@ def field_rows() -> list[tuple[str, list[str], str, str]]:
                 groups.append({key: info for key, info in own.items() if key not in common})
         for key, info in (item for group in groups for item in group.items()):
             is_choice = "Literal" in str(get_origin(info.annotation))
-            choices = [str(choice) for choice in get_args(info.annotation)] if is_choice else []
+            choices = [dump_value(choice) for choice in get_args(info.annotation)] if is_choice else []
             default = "required" if info.is_required() else f"`{dump_value(info.default)}`"
             rows.append((f"{name}.{key}", choices, default, info.description or ""))
     return rows

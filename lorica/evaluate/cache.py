@@ -22,26 +22,25 @@ class RoomyLayer(DynamicLayer):  # type: ignore[misc]
     def __init__(self, room: int) -> None:
         super().__init__()
         self.room = room
+        self._length = 0
         self._whole: tuple[Tensor, ...] = ()
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
             self._whole = tuple(t.new_empty(*t.shape[:2], self.room, t.shape[3]) for t in (key_states, value_states))
-        begin = self.get_seq_length()
-        end = begin + key_states.shape[2]
-        for whole, states in zip(self._whole, (key_states, value_states), strict=True):
-            whole.narrow(2, begin, end - begin).copy_(states)
-        self._show(end)
+        # Written out: a decoded token comes here in each layer.
+        keys, values = self._whole
+        begin, added = self._length, key_states.shape[2]
+        keys.narrow(2, begin, added).copy_(key_states)
+        values.narrow(2, begin, added).copy_(value_states)
+        self._length = end = begin + added
+        self.keys, self.values = keys.narrow(2, 0, end), values.narrow(2, 0, end)
         return self.keys, self.values
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        length = self.get_seq_length()
         self._whole = tuple(t.index_select(0, indices) for t in self._whole)
-        self._show(length)
-
-    def _show(self, length: int) -> None:
-        self.keys, self.values = (t.narrow(2, 0, length) for t in self._whole)
+        self.keys, self.values = (t.narrow(2, 0, self._length) for t in self._whole)
 
 
 def plain_cache(model: PreTrainedModel, room: int) -> DynamicCache | None:

@@ -23,6 +23,7 @@ from transformers.generation import LogitsProcessor, LogitsProcessorList, Temper
 
 from lorica.errors import DataError
 from lorica.evaluate.cache import plain_cache
+from lorica.kernels.rows import argmax
 from lorica.methods.attach import in_front
 
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"
@@ -175,7 +176,7 @@ _Choose = Callable[[Tensor], Tensor]
 def _chooser(model: PreTrainedModel, temperature: float, top_p: float, seed: int) -> _Choose:
     """From logits [B, vocabulary] to the next ids [B]; draws come from a generator of its own."""
     if temperature <= 0:
-        return lambda logits: logits.float().argmax(-1)
+        return lambda logits: argmax(logits.float())
     generator = torch.Generator(model.device).manual_seed(seed)
     warp = LogitsProcessorList(
         [TemperatureLogitsWarper(temperature), *([TopPLogitsWarper(top_p)] if top_p < 1 else [])]
@@ -221,6 +222,7 @@ def _decode(
     takes = inspect.signature(model.forward).parameters
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     positions = inputs.get("position_ids", (mask.cumsum(1) - 1).clamp(min=0))
+    is_padded = not bool(mask.all())
     # The row of the inputs that stands at each place of the batch; None where it has ended.
     rows: list[int | None] = list(range(len(ids)))
     for step in range(max_new_tokens):
@@ -229,7 +231,7 @@ def _decode(
         with torch.inference_mode():
             logits = model(
                 input_ids=ids,
-                attention_mask=None if bool(mask.all()) else mask,
+                attention_mask=mask if is_padded else None,
                 past_key_values=cache,
                 use_cache=True,
                 **{name: value for name, value in given.items() if name in takes},
@@ -249,9 +251,11 @@ def _decode(
                 places = torch.tensor(live, device=ids.device)
                 cache.batch_select_indices(places)
                 tokens, mask, positions = tokens[places], mask[places], positions[places]
+                is_padded = not bool(mask.all())
                 rows = [rows[place] for place in live]
             ids, positions = tokens[:, None], positions[:, -1:] + 1
-            mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
+            if is_padded:
+                mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
 
 
 def _by_transformers(

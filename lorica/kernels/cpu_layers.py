@@ -56,14 +56,13 @@ def compiled() -> Any:
 
 def takes(*tensors: Tensor) -> bool:
     """Whether the operators are there for these: on a CPU, all of one dtype."""
-    first = tensors[0]
-    return (
-        first.device.type == "cpu"
-        and first.dtype in TYPES
-        and all(t.dtype is first.dtype for t in tensors)
-        and not is_stand_in()
-        and compiled() is not None
-    )
+    first, *others = tensors
+    dtype = first.dtype
+    # No generator: a decoded token asks this for each normalisation.
+    for tensor in others:
+        if tensor.dtype is not dtype:
+            return False
+    return first.is_cpu and dtype in TYPES and not is_stand_in() and compiled() is not None
 
 
 def _norm_of(x: Tensor, weight: Tensor, scale: Tensor, plus_one: bool, **more: Any) -> _Norm:
@@ -141,7 +140,7 @@ for _name, _schema, _kernel, _fake in (
 ):
     _LIBRARY.define(_name + _schema, tags=torch.Tag.pt2_compliant_tag)  # type: ignore[no-untyped-call]
     _LIBRARY.impl(_name, _kernel, "CPU")  # type: ignore[no-untyped-call]
-    torch.library.register_fake(f"lorica::{_name}", _fake, lib=_LIBRARY)
+    _LIBRARY.impl(_name, _fake, "Meta")  # type: ignore[no-untyped-call]
 
 rms_norm = torch.ops.lorica.rms_norm.default
 """(x [..., E], weight [E], eps, plus_one) -> weight * x / sqrt(mean(x^2) + eps) in the dtype of x, and 1 / that root

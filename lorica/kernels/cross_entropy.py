@@ -100,7 +100,10 @@ def _on_cpu(logits: Tensor, targets: Tensor, scale: float, cap: float | None, wi
         logits.data_ptr(), targets.data_ptr(), losses.data_ptr(), rows, columns, scale, cap or 0.0,
         TYPES[logits.dtype], with_gradient,
     )  # fmt: skip
-    if not built.lorica_cross_entropy(ctypes.byref(loss), torch.get_num_threads()):
+    done = built.lorica_cross_entropy(ctypes.byref(loss), torch.get_num_threads())
+    if done < 0:
+        raise MemoryError("lorica_cross_entropy: there is no memory for a row of logits")
+    if not done:
         raise _no_such_column(logits, targets)
     return losses
 
@@ -129,6 +132,10 @@ _LIBRARY.define(  # type: ignore[no-untyped-call]
     "cross_entropy_(Tensor(a!) logits, Tensor targets, float scale, float? cap, bool with_gradient) -> Tensor",
     tags=torch.Tag.pt2_compliant_tag,
 )
-for _key, _kernel in {"CompositeExplicitAutograd": reference, "CPU": _on_cpu, "CUDA": _on_cuda}.items():
+for _key, _kernel in {
+    "CompositeExplicitAutograd": reference,
+    "CPU": _on_cpu,
+    "CUDA": _on_cuda,
+    "Meta": _fake,
+}.items():
     _LIBRARY.impl("cross_entropy_", _kernel, _key)  # type: ignore[no-untyped-call]
-torch.library.register_fake("lorica::cross_entropy_", _fake, lib=_LIBRARY)

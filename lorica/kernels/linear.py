@@ -22,11 +22,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D as PlainConv1D
 
 from lorica.kernels import rows
 from lorica.kernels.build import TYPES
 
 _IS_STAND_IN = ContextVar("_IS_STAND_IN", default=False)
+_PART = 1 << 20
+"""Elements of a weight that are widened at once without a gradient. As large as they come, they would leave the caches,
+and the memory for them be taken from the system and given back each time: three times as slow."""
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -38,7 +42,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
             return _product(x, weight, bias)
         result: Tensor = _WidenedLinear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
         return result
-    return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    bias = None if bias is None else bias.to(x.dtype)
+    if weight.dtype.itemsize < x.dtype.itemsize and weight.numel() > _PART and not torch.is_grad_enabled() and x.is_cpu:
+        return _in_parts(x, weight, bias)
+    return F.linear(x, weight.to(x.dtype), bias)
 
 
 @cache
@@ -50,7 +57,7 @@ def most_rows(dtype: torch.dtype) -> int:
     if dtype not in TYPES or rows.compiled() is None:
         return 0
     if dtype is torch.float32:
-        return 32
+        return 64
     return 4 if cpu_computes(dtype) else 64
 
 
@@ -133,6 +140,21 @@ def _watched_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return result
 
 
+def _in_parts(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x W^T + b, a few rows of the narrow W widened after the others."""
+    # In parts of whole tiles the library's sums are those of the whole.
+    flat, step = x.reshape(-1, x.shape[-1]), max(64, _PART // x.shape[-1] // 64 * 64)
+    out, wide = x.new_empty(len(flat), len(weight)), x.new_empty(step, x.shape[-1])
+    for begin in range(0, len(weight), step):
+        rows_of = slice(begin, min(begin + step, len(weight)))
+        part = wide[: rows_of.stop - begin].copy_(weight[rows_of]).t()
+        if bias is None:
+            torch.mm(flat, part, out=out[:, rows_of])
+        else:
+            torch.addmm(bias[rows_of], flat, part, out=out[:, rows_of])
+    return out.view(*x.shape[:-1], len(weight))
+
+
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.linear(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
 
@@ -169,3 +191,19 @@ class Linear(nn.Linear):
         # Not `self.weight`: finding parameters so takes a microsecond, which counts in decoding.
         held = self._parameters
         return linear(input, held["weight"], held["bias"])  # type: ignore[arg-type]
+
+
+class Conv1D(PlainConv1D):  # type: ignore[misc]
+    """transformers' Conv1D, W [in, out] and b [out], through `linear`. It shares the bias of the layer it is made from,
+    and its weight is written to memory as [out, in], where products of few rows read it along the inputs.
+    """
+
+    def __init__(self, layer: PlainConv1D) -> None:
+        nn.Module.__init__(self)
+        self.nf, self.nx, self.bias = layer.nf, layer.nx, layer.bias
+        weight = layer.weight.detach().t().contiguous().t()
+        self.weight = nn.Parameter(weight, requires_grad=layer.weight.requires_grad)
+        self.train(layer.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight.t(), self.bias)

@@ -30,6 +30,7 @@ def compiled(flags: tuple[str, ...] = FLAGS) -> Any:
     if built is not None:
         built.lorica_linear_rows.argtypes = (_P, _I, _L, _L, _L, _P, _I, _P, _P, _I)
         built.lorica_gated_rows.argtypes = (_P, _I, _L, _L, _L, _L, _P, _P, _P, _I, _I, _P, _I)
+        built.lorica_argmax.argtypes, built.lorica_argmax.restype = (_P, _L, _L, _P, _I), None
         built.lorica_add_low_rank.argtypes = (_P, _I, _L, _L, _L, _L, _L, _P, _P, _P, _F, _F, _P, _I)
     return built
 
@@ -46,7 +47,7 @@ def linear_rows(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     if built is None or kind is None or held is None or not num_rows:
         return reference.linear_rows(x, weight, bias)
     x, weight, bias = x.contiguous(), weight.contiguous(), None if bias is None else bias.float().contiguous()
-    y = x.new_empty((*x.shape[:-1], out_features))
+    y = torch.empty(*x.shape[:-1], out_features, dtype=x.dtype)
     is_done = built.lorica_linear_rows(
         x.data_ptr(), kind, num_rows, in_features, out_features, weight.data_ptr(), held,
         None if bias is None else bias.data_ptr(), y.data_ptr(), torch.get_num_threads(),
@@ -56,6 +57,19 @@ def linear_rows(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     return y
 
 
+def argmax(x: Tensor) -> Tensor:
+    """The place of the largest number of each row, [rows] int64, the first of several; x [rows, n] float32.
+
+    A NaN counts as the largest. torch's takes longer than some small models for a token.
+    """
+    built = compiled()
+    if built is None or x.dtype is not torch.float32 or not x.is_cpu:
+        return x.argmax(-1)
+    x, places = x.contiguous(), torch.empty(len(x), dtype=torch.int64)
+    built.lorica_argmax(x.data_ptr(), len(x), x.shape[1], places.data_ptr(), torch.get_num_threads())
+    return places
+
+
 def gated_rows(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, act: str) -> Tensor:
     """down (act(gate x) * (up x)) in the dtype of x, and in float32 till then; contiguous weights of one dtype.
 
@@ -63,7 +77,7 @@ def gated_rows(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, act: str) -> T
         x: [..., in]; gate, up: [inner, in]; down: [out, inner]; act: one of `ACTS`.
     """
     x, num_rows = x.contiguous(), x.numel() // x.shape[-1]
-    y = x.new_empty((*x.shape[:-1], down.shape[0]))
+    y = torch.empty(*x.shape[:-1], down.shape[0], dtype=x.dtype)
     is_done = compiled().lorica_gated_rows(
         x.data_ptr(), TYPES[x.dtype], num_rows, x.shape[-1], gate.shape[0], down.shape[0], gate.data_ptr(),
         up.data_ptr(), down.data_ptr(), TYPES[gate.dtype], ACTS.index(act), y.data_ptr(), torch.get_num_threads(),

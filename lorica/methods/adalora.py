@@ -31,9 +31,10 @@ from transformers.pytorch_utils import Conv1D
 
 from lorica.errors import AdapterError, ConfigError
 from lorica.kernels.linear import linear
+from lorica.kernels.low_rank import add_low_rank
 from lorica.methods.attach import adapters
 from lorica.methods.lora import check_peft_fields
-from lorica.methods.low_rank import add_low_rank, matches, options_from_peft
+from lorica.methods.low_rank import matches, options_from_peft
 from lorica.methods.method import Adapter, MethodOptions, Positive, Probability, Rank, unsupported_kind
 
 
@@ -166,6 +167,7 @@ class AdaLoraLinear(Adapter):
     """
 
     base: nn.Linear | Conv1D
+    leaves_base = True
     importance: Tensor
     deviation: Tensor
 

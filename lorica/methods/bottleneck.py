@@ -99,6 +99,8 @@ class Bottleneck(MethodOptions):
 class BottleneckAdapter(Adapter):
     """A linear layer with a bottleneck behind it: `down` [size, out] and `up` [out, size], with biases."""
 
+    leaves_base = True
+
     def __init__(self, base: nn.Linear | Conv1D, options: Bottleneck) -> None:
         super().__init__(base, options)
         out_size = base.weight.shape[1 if isinstance(base, Conv1D) else 0]

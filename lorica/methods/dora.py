@@ -33,11 +33,12 @@ from transformers.pytorch_utils import Conv1D
 
 from lorica.errors import AdapterError, NotMergeableError
 from lorica.kernels.linear import linear
+from lorica.kernels.low_rank import add_low_rank
 from lorica.methods import inits
 from lorica.methods.lora import check_peft_fields
 from lorica.methods.lora_conv import Convolution, check_groups, conv_low_rank, conv_pair_shapes, grouped_reason
 from lorica.methods.lora_kinds import embedding_scale, looked_up, with_parameters
-from lorica.methods.low_rank import LowRankOptions, add_low_rank, options_from_peft
+from lorica.methods.low_rank import LowRankOptions, options_from_peft
 from lorica.methods.method import Adapter, unsupported_kind
 
 

@@ -25,11 +25,11 @@ from transformers.pytorch_utils import Conv1D
 
 from lorica.errors import NotMergeableError
 from lorica.kernels.linear import is_low_rank_for_rows, is_widened, linear
+from lorica.kernels.low_rank import add_low_rank
 from lorica.kernels.rows import add_low_rank as add_low_rank_now
 from lorica.methods import inits
 from lorica.methods.hydra_sequence import Sequences, running_mean
 from lorica.methods.lora_kinds import with_parameters
-from lorica.methods.low_rank import add_low_rank
 from lorica.methods.method import Adapter
 
 if TYPE_CHECKING:
@@ -49,6 +49,7 @@ class HydraLinear(Adapter):
     """
 
     base: nn.Linear | Conv1D
+    leaves_base = True
     options: HydraLoRA
     router: Tensor | None
     watch: Callable[[Tensor], None] | None

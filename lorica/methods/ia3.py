@@ -95,6 +95,7 @@ class IA3Adapter(Adapter, ABC):
     """A layer with factors `ia3_l` of its inputs or outputs, float32; what all kinds share."""
 
     base: nn.Linear | Conv1D | nn.Conv2d | nn.Conv3d
+    leaves_base = True
 
     def __init__(self, base: nn.Module, options: IA3, scales_input: bool, shape: tuple[int, ...]) -> None:
         super().__init__(base, options)

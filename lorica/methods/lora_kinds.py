@@ -28,9 +28,9 @@ from transformers.pytorch_utils import Conv1D
 
 from lorica.errors import NotMergeableError
 from lorica.kernels.linear import is_low_rank_for_rows, linear
+from lorica.kernels.low_rank import add_low_rank, low_rank_linear, takes
 from lorica.kernels.rows import add_low_rank as add_low_rank_now
 from lorica.methods import inits
-from lorica.methods.low_rank import add_low_rank
 from lorica.methods.method import Adapter
 from lorica.quant.experts import put_plain
 from lorica.quant.linear import QuantizedLinear
@@ -216,6 +216,8 @@ class LoraLinear(LoraAdapter):
     With `slices`, n of them trained, `lora_a` [n rank, in] and `lora_b` [their outputs, rank] hold pair after pair.
     """
 
+    leaves_base = True
+
     def __init__(
         self,
         base: nn.Linear | Conv1D,
@@ -247,10 +249,12 @@ class LoraLinear(LoraAdapter):
         return lora_a, torch.block_diag(*blocks)  # type: ignore[no-untyped-call]
 
     def forward(self, x: Tensor) -> Tensor:
-        lora_a, lora_b = self.pair()
+        (lora_a, lora_b), added = self.pair(), self.added_bias()
+        if not torch.is_inference_mode_enabled() and takes(self.base):
+            y = low_rank_linear(x, self.base, lora_a, lora_b, self.scale, self.dropout if self.training else 0.0)
+            return y if added is None else y + added.to(y.dtype)
         rows = x.reshape(-1, x.shape[-1])
-        y: Tensor = self.base(rows)
-        added = self.added_bias()
+        y = self.base(rows)
         if added is not None:
             y = y.add_(added.to(y.dtype))
         if not self.training and is_low_rank_for_rows(y, rows, lora_a, lora_b):

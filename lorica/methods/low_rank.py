@@ -17,9 +17,8 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from pydantic import Field
-from torch import Tensor, nn
+from torch import nn
 
-from lorica.kernels.linear import is_widened, linear
 from lorica.methods.method import Adapter, MethodOptions, Positive, Probability, Rank
 
 
@@ -101,13 +100,3 @@ def matches(pattern: str, name: str) -> bool:
 
 def _by_pattern(patterns: Mapping[str, Any], name: str, default: float) -> float:
     return next((v for k, v in patterns.items() if matches(k, name)), default)
-
-
-def add_low_rank(y: Tensor, h: Tensor, lora_b: Tensor, scale: float) -> Tensor:
-    """y + scale * h B^T, written into y: y [rows, out], h [rows, k], lora_b [out, k], in one product.
-
-    The low-rank family shares this line: LoRA with h = A x, HydraLoRA with h = g (x) A x and its heads' B side by side.
-    """
-    if is_widened(h):
-        return y.add_(linear(h, lora_b), alpha=scale)
-    return y.addmm_(h, lora_b.to(y.dtype).t(), alpha=scale)

@@ -88,6 +88,8 @@ class Adapter(nn.Module, ABC):
         replaced: names of the base's parameters of which the output does not depend on every value: what an adapter
             was trained on is told by the others.
         mends: whether it began as what quantising took from its base: it belongs to the quantised base alone.
+        leaves_base: whether its forward takes nothing from the base but what calling it gives, so that the base may
+            store the same weights in another dtype.
     """
 
     base: nn.Module
@@ -95,6 +97,7 @@ class Adapter(nn.Module, ABC):
     is_beside: bool = False
     replaced: tuple[str, ...] = ()
     mends: bool = False
+    leaves_base: bool = False
 
     def __init__(self, base: nn.Module, options: MethodOptions) -> None:
         super().__init__()

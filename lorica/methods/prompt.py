@@ -146,6 +146,7 @@ class VirtualEmbedding(Adapter):
     """An input embedding with rows beyond its last: id V + i has row i of `prompt()`."""
 
     base: nn.Embedding
+    leaves_base = True
 
     @abstractmethod
     def prompt(self) -> Tensor:

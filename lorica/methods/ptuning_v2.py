@@ -99,6 +99,7 @@ class PrefixedAttention(Adapter):
 
     options: PrefixOptions
     attention_before: str
+    leaves_base = True
 
     def __init__(self, base: nn.Module, options: PrefixOptions, shape: HeadShape) -> None:
         super().__init__(base, options)

@@ -28,7 +28,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lorica.errors import AdapterError, ConfigError
 from lorica.kernels.linear import linear
-from lorica.methods.low_rank import add_low_rank
+from lorica.kernels.low_rank import add_low_rank
 from lorica.methods.method import Adapter, MethodOptions, Positive, Probability, Rank, unsupported_kind
 
 # The names on disk of what belongs to no module.
@@ -142,6 +142,7 @@ class VeraLinear(Adapter):
     """VeRA on nn.Linear and Conv1D; `vera_lambda_d` [rank] and `vera_lambda_b` [out] are float32, in PEFT's names."""
 
     base: nn.Linear | Conv1D
+    leaves_base = True
 
     def __init__(self, base: nn.Linear | Conv1D, options: VeRA, shared_a: nn.Parameter, shared_b: nn.Parameter) -> None:
         super().__init__(base, options)

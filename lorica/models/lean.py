@@ -1,9 +1,11 @@
-"""Layers that keep less for backward: RMS normalisation and gated MLPs.
+"""Layers that keep less for backward: normalisations, gated MLPs and GELU.
 
 Written as plain operations, the normalisation of a bfloat16 Llama keeps a float32 copy of its input and its output, and
 the MLP keeps four tensors of its inner size: gate, act(gate), up and their product. From the input and one number a
 token, or from gate and up alone, backward has all of it again for a few elementwise operations. On a Llama shape of 135
-million parameters that is a third of all activations.
+million parameters that is a third of all activations. GPT-2 writes GELU's tangent form out in eight operations, of
+which four keep a tensor of the MLP's inner size; torch's own keeps its input. What normalisations and GELU give out has
+a recipe, so that the adapters that read it need not keep it (kernels/recipes.py).
 
 Which modules these replace is not guessed from a name: a class is taken for one of them if, on a small example, its own
 `forward` computes what ours computes. The new modules hold the old ones' parameters and submodules under the same
@@ -26,6 +28,7 @@ from torch.nn import functional as F
 
 from lorica.kernels import cpu_layers
 from lorica.kernels.linear import gated, is_unwatched
+from lorica.kernels.recipes import with_recipe
 
 
 class RMSNorm(nn.Module):
@@ -43,27 +46,34 @@ class RMSNorm(nn.Module):
         self.plus_one = plus_one
 
     def forward(self, x: Tensor) -> Tensor:
-        if is_unwatched(x) and cpu_layers.takes(x, self.weight):
-            return cpu_layers.rms_norm_now(x, self.weight, self.eps, self.plus_one)
-        result: Tensor = _RMSNorm.apply(x, self.weight, self.eps, self.plus_one)  # type: ignore[no-untyped-call]
-        return result
+        weight = self.weight
+        if is_unwatched(x) and cpu_layers.takes(x, weight):
+            return cpu_layers.rms_norm_now(x, weight, self.eps, self.plus_one)
+        result: Tensor = _RMSNorm.apply(x, weight, self.eps, self.plus_one)  # type: ignore[no-untyped-call]
+        return with_recipe(result, partial(_normed, eps=self.eps, plus_one=self.plus_one), x, weight)
 
     def extra_repr(self) -> str:
         return f"{tuple(self.weight.shape)}, eps={self.eps}"
+
+
+def _normed_and_scale(x: Tensor, weight: Tensor, eps: float, plus_one: bool) -> tuple[Tensor, Tensor]:
+    if cpu_layers.takes(x, weight):
+        return cast(tuple[Tensor, Tensor], cpu_layers.rms_norm(x, weight, eps, plus_one))
+    wide = x.to(torch.float32, copy=True)
+    scale = wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+    wide.mul_(scale)
+    return wide.mul_(weight.float() + 1).to(x.dtype) if plus_one else weight * wide.to(x.dtype), scale
+
+
+def _normed(x: Tensor, weight: Tensor, eps: float, plus_one: bool) -> Tensor:
+    return _normed_and_scale(x, weight, eps, plus_one)[0]
 
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, plus_one: bool) -> Tensor:
         ctx.plus_one, ctx.takes = plus_one, cpu_layers.takes(x, weight)
-        out: Tensor
-        if ctx.takes:
-            out, scale = cpu_layers.rms_norm(x, weight, eps, plus_one)
-        else:
-            wide = x.to(torch.float32, copy=True)
-            scale = wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
-            wide.mul_(scale)
-            out = wide.mul_(weight.float() + 1).to(x.dtype) if plus_one else weight * wide.to(x.dtype)
+        out, scale = _normed_and_scale(x, weight, eps, plus_one)
         ctx.save_for_backward(x, weight, scale)
         return out
 
@@ -84,6 +94,24 @@ class _RMSNorm(torch.autograd.Function):
                 along = (inner * normed).mean(-1, keepdim=True)
                 grad_x = inner.sub_(normed.mul_(along)).mul_(scale).to(x.dtype)
         return grad_x, grad_weight, None, None
+
+
+class LayerNorm(nn.LayerNorm):
+    """nn.LayerNorm, whose result is not kept by the adapters that read it."""
+
+    def __init__(self, layer: nn.LayerNorm) -> None:
+        super().__init__(layer.normalized_shape, layer.eps, elementwise_affine=False)
+        self.elementwise_affine, self.weight, self.bias = layer.elementwise_affine, layer.weight, layer.bias
+
+    def forward(self, input: Tensor) -> Tensor:
+        return with_recipe(super().forward(input), super().forward, input)
+
+
+class GELU(nn.GELU):
+    """nn.GELU, likewise."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return with_recipe(super().forward(input), super().forward, input)
 
 
 class GatedMLP(nn.Module):
@@ -183,6 +211,11 @@ def use_lean_layers(model: nn.Module) -> None:
 
 def _replacement(module: nn.Module) -> nn.Module | None:
     children, parameters = dict(module.named_children()), dict(module.named_parameters(recurse=False))
+    if type(module) is nn.LayerNorm:
+        return LayerNorm(module)
+    if not children and not parameters:
+        approximate = module.approximate if type(module) is nn.GELU else _gelu(type(module))  # type: ignore[arg-type]
+        return None if approximate is None else GELU(approximate)
     # mypy takes a class for no Hashable where its instances define a hash of their own.
     if not children and set(parameters) == {"weight"} and parameters["weight"].ndim == 1:
         plus_one = _is_rms_norm(type(module))  # type: ignore[arg-type]
@@ -210,6 +243,13 @@ def _is_rms_norm(kind: type[nn.Module]) -> bool | None:
             if _computes(kind, RMSNorm(weight, 0.25, plus_one), weight=weight, **dict.fromkeys(_EPS_NAMES, 0.25)):
                 return plus_one
     return None
+
+
+@cache
+def _gelu(kind: type[nn.Module]) -> str | None:
+    """`approximate` of the nn.GELU that computes what `kind` does; None where none does."""
+    with _real_tensors():
+        return next((name for name in ("none", "tanh") if _computes(kind, nn.GELU(name))), None)
 
 
 @cache

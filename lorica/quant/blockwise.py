@@ -13,6 +13,7 @@ bitsandbytes 0.50.2, bit for bit, in every scheme that it has.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -116,12 +117,21 @@ def linear(x: Tensor, quantized: Quantized, bias: Tensor | None = None) -> Tenso
 
     What is kept for the backward is W's codes and scales. Differentiable in x and bias.
     """
-    levels = codebook(quantized.scheme, x.device)
     product = ops.linear_4bit if bits(quantized.scheme) == 4 else ops.linear_8bit
-    nested = quantized.nested
-    scales = [] if nested is None else [nested.absmax, codebook(SCALE_SCHEME, x.device), nested.offset]
-    y: Tensor = product(x, quantized.codes, quantized.absmax, levels, quantized.blocksize, quantized.shape[0], *scales)
+    y = _product(product, x, quantized, quantized.shape[0])
     return y if bias is None else y + bias.to(y.dtype)
+
+
+def linear_input_grad(grad: Tensor, quantized: Quantized) -> Tensor:
+    """grad W in the dtype of grad: the gradient of what `linear` was given, [..., in], from its output's [..., out]."""
+    product = ops.linear_4bit_input_grad if bits(quantized.scheme) == 4 else ops.linear_8bit_input_grad
+    return _product(product, grad, quantized, quantized.shape[1])
+
+
+def _product(product: Callable[..., Tensor], x: Tensor, quantized: Quantized, features: int) -> Tensor:
+    nested, levels = quantized.nested, codebook(quantized.scheme, x.device)
+    scales = [] if nested is None else [nested.absmax, codebook(SCALE_SCHEME, x.device), nested.offset]
+    return product(x, quantized.codes, quantized.absmax, levels, quantized.blocksize, features, *scales)
 
 
 def num_quantized_bytes(num_elements: int, scheme: str, blocksize: int = 64, double_quant: bool = False) -> int:

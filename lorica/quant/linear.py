@@ -21,7 +21,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from lorica.errors import ModelError
 from lorica.kernels.linear import Linear
-from lorica.quant.blockwise import linear
+from lorica.quant.blockwise import linear, linear_input_grad
 from lorica.quant.weight import QuantizedWeight, frozen
 
 _KINDS = (nn.Linear, Linear, Conv1D)
@@ -45,6 +45,10 @@ class QuantizedLinear(QuantizedWeight, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         return linear(input, self.quantized, self.bias)
+
+    def input_grad(self, grad: Tensor) -> Tensor:
+        """grad W, [rows, in]: the gradient of the input from that of the output, [rows, out]."""
+        return linear_input_grad(grad, self.quantized)
 
     def plain(self) -> nn.Linear:
         """A layer with the dequantised weight, and this one's bias."""

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 from lorica.config import Resolved, RunConfig, load_config
 from lorica.data.rows import Example
 from lorica.errors import ConfigError, LoricaError
+from lorica.evaluate.compact import compact
 from lorica.evaluate.generation import generate as generate_ids
 from lorica.evaluate.generation import unanswerable
 from lorica.files import read_json_object
@@ -348,6 +349,7 @@ def _answers(run: _Run, examples: Sequence[Example], config: RunConfig) -> list[
     try:
         model, tokenizer, any_renderer = open_model(run.folder)
         renderer = answering(any_renderer)
+        compact(model)
     except LoricaError as error:
         run.notes.append(f"It does not answer. {error}")
         return answers

@@ -23,7 +23,6 @@ from lorica.errors import DataError
 from lorica.files import write_text
 from lorica.recipes import console
 from lorica.recipes.data import configuration
-from lorica.recipes.pictures import draw_components
 
 MAX_MESSAGE_CHARS = 2_000
 MAX_TOKENS = 256
@@ -101,6 +100,8 @@ def components(
     folder.mkdir(parents=True, exist_ok=True)
     files = (folder / "components.json", folder / "components.png")
     write_text(files[0], found.to_json() + "\n")
+    from lorica.recipes.pictures import draw_components
+
     draw_components(found, files[1])
     parts = zip(found.sizes, found.terms, found.typical, strict=True)
     report = ComponentsReport(

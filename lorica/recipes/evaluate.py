@@ -1,6 +1,7 @@
 """`lorica eval`: how well a run's adapter does on held-out rows, beside its own base.
 
-The base is loaded once: it is measured plain, then the adapter is put on it and the same rows are measured again. Loss
+The base is loaded once: it is measured with the adapter on it, then the adapter is taken off and the same rows are
+measured again. Weights are held as small as they are exact (evaluate/compact.py), which is decided for each. Loss
 and perplexity are over every row; answers are generated greedily for up to `max_samples` of them, spread evenly over
 the data, and compared with all references of their row. A row whose prompt leaves no room for an answer in the model's
 context is counted and named, and stays without one.
@@ -22,13 +23,14 @@ from lorica.data.render_labels import LabelRenderer
 from lorica.data.rows import Example
 from lorica.data.tokenized import IGNORE, TokenizedDataset
 from lorica.errors import ConfigError
+from lorica.evaluate.compact import compact
 from lorica.evaluate.generation import check_prompts, unanswerable
 from lorica.evaluate.generation import generate as generate_ids
 from lorica.evaluate.likelihood import likelihood, summarize
 from lorica.evaluate.text_metrics import score
 from lorica.files import write_json
 from lorica.interop.peft import load_adapter
-from lorica.methods.attach import in_front
+from lorica.methods.attach import detach, in_front
 from lorica.methods.gates import GateWatch, watching
 from lorica.models.loss import LossFunction, make_loss
 from lorica.recipes import console
@@ -180,9 +182,9 @@ def evaluate(
     virtual = config.method.num_virtual_ids + config.method.position_offset
     rows = _leave_unanswered(model, rows, config.eval.max_new_tokens + virtual)
     console.log(f"{len(dataset):,} rows of {name}; answers to {len(rows.answered):,} of them")
-    before = _measure(model, loss_fn, tokenizer, renderer, rows, config, layout) if base else None
     load_adapter(model, source.adapter).eval()
-    after = _measure(model, loss_fn, tokenizer, renderer, rows, config, layout)
+    after = _measure(compact(model), loss_fn, tokenizer, renderer, rows, config, layout)
+    before = _measure(compact(detach(model)), loss_fn, tokenizer, renderer, rows, config, layout) if base else None
 
     report = EvaluationReport(
         run=str(folder),

@@ -22,12 +22,13 @@ from lorica.training.rehearsal import Rehearsal
 
 _SHORTEST_LENGTH = 128
 _SMALLEST_RANK = 4
-# What paging is worth its trouble for, and enough for pages of 1M elements.
+# What moving things elsewhere is worth its trouble for, and enough for pages of 1M elements.
 _PAGED_BYTES = 64 << 20
 
 # What each change costs is what orders them; the text stands beside the override.
 _SAME_RESULT = "same result, about the same speed"
 _SLOWER = "same result, about a third slower"
+_OFFLOADED = "same result, slower where the disk, or the bus of a GPU, is slower than the layers compute"
 _PAGED = "same result, slower by the time to move AdamW's moments"
 _COARSER = "coarser arithmetic"
 _COARSER_BASE = "the frozen weights in 4 bits"
@@ -107,6 +108,8 @@ def _micro_batches(config: RunConfig, changes: Mapping[str, Any]) -> list[dict[s
 
 def _harmful(config: RunConfig, setting: Setting) -> Iterator[tuple[str, Any, str]]:
     """Changes that cost much time or alter the result, the mildest first, each on top of those before it."""
+    if config.train.activation_checkpointing != "offload" and _can_offload(config, setting):
+        yield "train.activation_checkpointing", "offload", _OFFLOADED
     if config.train.optimizer_memory is None and _can_page(config, setting):
         yield "train.optimizer_memory", _PAGED_BYTES, _PAGED
     if run_dtype(config, setting) == torch.float32:
@@ -121,6 +124,13 @@ def _harmful(config: RunConfig, setting: Setting) -> Iterator[tuple[str, Any, st
     while rank >= _SMALLEST_RANK:
         yield "method.rank", rank, _WEAKER
         rank //= 2
+
+
+def _can_offload(config: RunConfig, setting: Setting) -> bool:
+    """Whether what checkpointed layers keep is worth moving, and the disk has the room."""
+    num_bytes = rehearse_run(_changed(config, {"train.activation_checkpointing": "offload"}), setting).offloaded_bytes
+    free = shutil.disk_usage(existing_folder(config)).free
+    return num_bytes > _PAGED_BYTES and (setting.device.type == "cuda" or num_bytes <= free)
 
 
 def _can_page(config: RunConfig, setting: Setting) -> bool:

@@ -19,6 +19,7 @@ from lorica.data.readers import READERS
 from lorica.data.rows import Message, RowError, RowFault, list_faults
 from lorica.data.turns import parse_turns, text_of
 from lorica.errors import ConfigError, DataError
+from lorica.evaluate.compact import compact
 from lorica.evaluate.generation import answer_room, check_prompts, context_length, stream
 from lorica.evaluate.generation import generate as generate_ids
 from lorica.models.tasks import CLASSIFICATION
@@ -162,7 +163,7 @@ def _open(
     model, tokenizer, renderer = open_model(run_or_base, overrides, base_only=base_only)
     if quant_head is not None:
         quantize_head(model, quant_head)
-    return model, tokenizer, answering(renderer)
+    return compact(model), tokenizer, answering(renderer)
 
 
 def _classify(source: Source, prompt: str | None, input: str | Path | None) -> list[Prediction]:

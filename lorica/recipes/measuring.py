@@ -28,6 +28,7 @@ from lorica.models.tasks import CLASSIFICATION, TASKS
 from lorica.recipes.intrinsic import with_heads
 from lorica.recipes.rehearsing import Setting, batch_lengths, num_micro_batches, num_restarts
 from lorica.training.metrics import peak_memory_bytes
+from lorica.training.offload import checkpoint_layers
 from lorica.training.optim import clip_gradients, make_optimizer
 from lorica.training.paged import Tiers
 from lorica.training.rehearsal import Rehearsal, example_batch
@@ -118,8 +119,8 @@ def measure_steps(text: str) -> None:
     attach(model, with_whole(config.method, head))
     for adapter in list(adapters(model).values()) * order["num_restarts"]:
         adapter.restart()
-    if config.train.activation_checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
+    elsewhere = Path(tempfile.gettempdir())
+    checkpoint_layers(model, config.train.activation_checkpointing, elsewhere)
     trained = trainable_parameters(model.train())
     optimizer = make_optimizer(
         trained,
@@ -128,7 +129,7 @@ def measure_steps(text: str) -> None:
         epsilon=config.train.epsilon,
         weight_decay=config.train.weight_decay,
         bits=config.train.optimizer_bits,
-        tiers=Tiers(config.train.optimizer_memory, 0, Path(tempfile.gettempdir())),
+        tiers=Tiers(config.train.optimizer_memory, 0, elsewhere),
     )
     batch = example_batch(
         order["lengths"],

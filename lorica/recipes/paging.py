@@ -1,4 +1,5 @@
-"""Where AdamW's moments will live under `train.optimizer_memory`, and what a step waits for them.
+"""Where AdamW's moments will live under `train.optimizer_memory`, and what a step waits for them; and where the inputs
+of checkpointed layers wait under `train.activation_checkpointing: offload`.
 
 Each moment that is not on the device travels there and back in every step. What comes from a file is timed with a file
 in the run's own folder, or in the nearest one above it that exists, past the kernel's cache; a kernel with memory to
@@ -14,6 +15,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -21,9 +23,13 @@ from lorica.config import RunConfig
 from lorica.errors import DoesNotFitError
 from lorica.recipes import console
 from lorica.recipes.doctor import available_memory_bytes
+from lorica.training.offload import INPUTS
 from lorica.training.paged import LARGEST_PAGE
-from lorica.training.rehearsal import Rehearsal
+from lorica.training.pages import MOMENTS_STATE, Contents
 from lorica.training.tensor_file import read_into, write_from
+
+if TYPE_CHECKING:
+    from lorica.training.rehearsal import Rehearsal
 
 _PAGE_BYTES = 8 * LARGEST_PAGE
 _NUM_PAGES = 4
@@ -52,13 +58,49 @@ class Paging:
         return self.file_bytes <= self.free_bytes
 
 
+@dataclass(frozen=True)
+class Offloading:
+    """The inputs of checkpointed layers by where they wait for backward, in bytes.
+
+    Attributes:
+        free_bytes: of the disk on which `folder` is, without what AdamW's moments take.
+        seconds: that copies take in a micro batch, while layers compute; None where there is no GPU to time its bus.
+    """
+
+    host_bytes: int
+    file_bytes: int
+    folder: str
+    free_bytes: int
+    seconds: float | None
+
+    @property
+    def fits(self) -> bool:
+        """Whether the disk has the room."""
+        return self.file_bytes <= self.free_bytes
+
+
+def plan_offloading(
+    config: RunConfig, device: torch.device, rehearsal: Rehearsal, paging: Paging | None
+) -> Offloading | None:
+    """Where the layers' inputs go, and how long they travel; None if they stay on the device."""
+    num_bytes, folder = rehearsal.offloaded_bytes, existing_folder(config)
+    if not num_bytes:
+        return None
+    free = shutil.disk_usage(folder).free - (0 if paging is None else paging.file_bytes)
+    pages = num_bytes / _PAGE_BYTES
+    if device.type != "cuda":
+        return Offloading(0, num_bytes, str(folder), free, _file_seconds(folder, INPUTS) * pages)
+    seconds = _bus_seconds() * pages if torch.cuda.is_available() else None
+    return Offloading(num_bytes, 0, str(folder), free, seconds)
+
+
 def plan_paging(config: RunConfig, device: torch.device, rehearsal: Rehearsal) -> Paging | None:
     """Where the moments go, and how long they travel in a step; None if all of them are on the device."""
     if not rehearsal.paged_bytes:
         return None
     host, file = split_tiers(config, device, rehearsal.paged_bytes)
     folder = existing_folder(config)
-    seconds: float | None = _file_seconds(folder) * file / _PAGE_BYTES if file else 0.0
+    seconds: float | None = _file_seconds(folder, MOMENTS_STATE) * file / _PAGE_BYTES if file else 0.0
     if device.type == "cuda":
         over_bus = _bus_seconds() if torch.cuda.is_available() else None
         pages = rehearsal.paged_bytes / _PAGE_BYTES
@@ -84,17 +126,18 @@ def existing_folder(config: RunConfig) -> Path:
     return next(path for path in (folder, *folder.parents) if path.is_dir())
 
 
-def refuse_full_disk(paging: Paging) -> None:
+def refuse_full_disk(file: Paging | Offloading) -> None:
     """DoesNotFitError if the file finds no room."""
-    if not paging.fits:
+    if not file.fits:
+        contents = MOMENTS_STATE if isinstance(file, Paging) else INPUTS
         raise DoesNotFitError(
-            f"AdamW's moments need {console.human_bytes(paging.file_bytes)} of disk beside train.optimizer_memory, and "
-            f"{paging.folder} has {console.human_bytes(paging.free_bytes)}. Free some space, choose a train.output on "
-            "another disk, give more train.optimizer_memory, or set train.optimizer_bits=8."
+            f"{contents.what} needs {console.human_bytes(file.file_bytes)} of disk, and {file.folder} has "
+            f"{console.human_bytes(max(0, file.free_bytes))}. Free some space, choose a train.output on another disk, "
+            f"{contents.smaller}."
         )
 
 
-def _file_seconds(folder: Path) -> float:
+def _file_seconds(folder: Path, contents: Contents) -> float:
     """To read a page and to write it, by the disk and not by the kernel's cache; the fastest of a few."""
     page = torch.zeros(_PAGE_BYTES, dtype=torch.uint8)
     best = float("inf")
@@ -110,8 +153,8 @@ def _file_seconds(folder: Path) -> float:
                 best = min(best, time.perf_counter() - begin)
     except OSError as error:
         raise DoesNotFitError(
-            f"AdamW's moments would be paged to {folder}, and a file of {_NUM_PAGES * _PAGE_BYTES >> 20} MiB cannot be "
-            f"written there: {error}. Choose another train.output, or leave train.optimizer_memory out."
+            f"{contents.what} would be paged to {folder}, and a file of {_NUM_PAGES * _PAGE_BYTES >> 20} MiB cannot be "
+            f"written there: {error}. Choose another train.output, or {contents.instead}."
         ) from None
     return best
 

@@ -24,7 +24,7 @@ from lorica.recipes import console
 from lorica.recipes.doctor import available_memory_bytes
 from lorica.recipes.fitting import Alternative, find_alternatives, nothing_fits
 from lorica.recipes.measuring import Measured, measure_run
-from lorica.recipes.paging import Paging, plan_paging, refuse_full_disk
+from lorica.recipes.paging import Offloading, Paging, plan_offloading, plan_paging, refuse_full_disk
 from lorica.recipes.rehearsing import (
     Setting,
     batch_lengths,
@@ -58,6 +58,7 @@ class PlanReport:
         memory_bytes: what there is for both; None if that is unknown.
         fits: memory and, for what is paged, disk suffice.
         paging: where AdamW's moments live; None where all of them are on the device.
+        offloading: where the inputs of checkpointed layers wait; None where they stay on the device.
         tokens_per_second: an estimate; None without the device that the run is for.
         steps: of the whole run; None without the data, as is `seconds`, the estimated duration.
         assumptions: what had to be assumed, a sentence each.
@@ -73,6 +74,7 @@ class PlanReport:
     memory_bytes: int | None
     fits: bool
     paging: Paging | None
+    offloading: Offloading | None
     trainable_parameters: int
     total_parameters: int
     micro_batch_tokens: int
@@ -106,7 +108,8 @@ def plan(
         process_bytes = _process_bytes()
         rehearsal = rehearse_run(config, setting)
         paging = plan_paging(config, setting.device, rehearsal)
-        tokens_per_second = _tokens_per_second(config, setting, rehearsal, paging)
+        offloading = plan_offloading(config, setting.device, rehearsal, paging)
+        tokens_per_second = _tokens_per_second(config, setting, rehearsal, paging, offloading)
     if setting.device.type != rehearsal.device:
         assumptions.append(
             f"There is no {setting.device.type} device here: memory is counted on the CPU, and no speed is told."
@@ -125,8 +128,9 @@ def plan(
         peak_bytes=rehearsal.peak_bytes,
         process_bytes=held,
         memory_bytes=memory_bytes,
-        fits=fits and (paging is None or paging.fits),
+        fits=fits and (paging is None or paging.fits) and (offloading is None or offloading.fits),
         paging=paging,
+        offloading=offloading,
         trainable_parameters=rehearsal.num_trainable,
         total_parameters=rehearsal.num_parameters,
         micro_batch_tokens=rehearsal.num_tokens,
@@ -139,8 +143,9 @@ def plan(
         measured=measure_run(config, setting, rehearsal) if measure else None,
     )
     _show(report)
-    if paging is not None:
-        refuse_full_disk(paging)
+    for file in (paging, offloading):
+        if file is not None:
+            refuse_full_disk(file)
     if room is not None and not fits and not alternatives:
         raise DoesNotFitError(nothing_fits(config, setting, rehearsal, room))
     return report
@@ -158,7 +163,7 @@ def _memory(device: torch.device, process_bytes: int, memory_bytes: int | None) 
 
 
 def _tokens_per_second(
-    config: RunConfig, setting: Setting, rehearsal: Rehearsal, paging: Paging | None
+    config: RunConfig, setting: Setting, rehearsal: Rehearsal, paging: Paging | None, offloading: Offloading | None
 ) -> float | None:
     if setting.device.type != rehearsal.device:
         return None
@@ -172,7 +177,9 @@ def _tokens_per_second(
         length=max(lengths),
     )
     waiting = (paging.seconds or 0.0) / num_micro_batches(config) if paging else 0.0
-    return rehearsal.num_tokens / (speed.seconds(rehearsal.work) + waiting)
+    # Copies of layers' inputs run while layers compute.
+    copying = (offloading.seconds or 0.0) if offloading else 0.0
+    return rehearsal.num_tokens / (max(speed.seconds(rehearsal.work), copying) + waiting)
 
 
 def _parts(rehearsal: Rehearsal) -> list[Part]:
@@ -239,6 +246,8 @@ def _summary(report: PlanReport) -> Iterator[str]:
         yield speed
     if report.paging is not None:
         yield from _paging_lines(report.paging)
+    if report.offloading is not None:
+        yield from _offloading_lines(report.offloading)
     if report.memory_bytes is not None:
         need = report.peak_bytes + report.process_bytes
         verdict = "fits" if need <= report.memory_bytes else "DOES NOT FIT"
@@ -263,6 +272,18 @@ def _paging_lines(paging: Paging) -> Iterator[str]:
     how_long = "" if paging.seconds is None else f", up to {console.human_seconds(paging.seconds)} a step"
     travelling = human(paging.host_bytes + paging.file_bytes)
     yield f"AdamW's moments: {there}; {travelling} go there and back each step{how_long}"
-    if paging.file_bytes:
-        verdict = "fits" if paging.fits else "DOES NOT FIT"
-        yield f"{verdict}: {human(paging.file_bytes)} of disk needed, {human(paging.free_bytes)} free"
+    yield from _disk_lines(paging)
+
+
+def _offloading_lines(offloading: Offloading) -> Iterator[str]:
+    human, in_file = console.human_bytes, offloading.file_bytes > 0
+    where = f"a file in {offloading.folder}" if in_file else "host memory"
+    num_bytes = human(offloading.host_bytes + offloading.file_bytes)
+    yield f"Inputs of checkpointed layers: {num_bytes} wait for backward in {where}, not counted above"
+    yield from _disk_lines(offloading)
+
+
+def _disk_lines(file: Paging | Offloading) -> Iterator[str]:
+    if file.file_bytes:
+        verdict, human = "fits" if file.fits else "DOES NOT FIT", console.human_bytes
+        yield f"{verdict}: {human(file.file_bytes)} of disk needed, {human(max(0, file.free_bytes))} free"

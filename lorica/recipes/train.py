@@ -17,7 +17,7 @@ from __future__ import annotations
 import os
 import platform
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -40,13 +40,13 @@ from lorica.interop.folder import check_adapter_folder
 from lorica.interop.peft import load_adapter, save_adapter
 from lorica.kernels.pool import install_pool
 from lorica.methods.attach import adapters, attach, detach, in_front, trainable_parameters, with_whole
+from lorica.methods.hydra import HydraLoRA
 from lorica.methods.method import MethodOptions
 from lorica.models.load import base_fingerprint, context_length, load_with_head
 from lorica.models.loss import LossFunction, make_loss
 from lorica.models.tasks import SEQ2SEQ
 from lorica.quant.linear import format_of, num_parameters
 from lorica.recipes import console
-from lorica.recipes.heat_map import write_routing
 from lorica.recipes.intrinsic import FILE as COMPONENTS
 from lorica.recipes.intrinsic import Intrinsic, find_intrinsic, first_rows, with_heads
 from lorica.recipes.opening import adapter_fault
@@ -54,7 +54,6 @@ from lorica.recipes.paging import host_memory
 from lorica.recipes.preparing import PreparedRun, base_config, prepare
 from lorica.recipes.proof import check_read_back, logits_of
 from lorica.recipes.report import write_run_report
-from lorica.recipes.routing import Look, is_routed, rows_to_watch, scores_and_routing, watch_routing
 from lorica.recipes.tasks import RunTask
 from lorica.training.checkpoint import (
     Checkpoint,
@@ -68,10 +67,12 @@ from lorica.training.energy import UNMEASURED
 from lorica.training.identity import check_identity
 from lorica.training.lock import RunLock
 from lorica.training.loop import LoopResult, is_finished, run_loop
+from lorica.training.offload import checkpoint_layers
 from lorica.training.step import LoopOptions
 
 if TYPE_CHECKING:
     from lorica.recipes.plan import PlanReport
+    from lorica.recipes.routing import Look
 
 RESULT = "result.json"
 SHOWN_LABELS = 8
@@ -269,14 +270,12 @@ def _run(
     attach(model, method)
     if beside := [name for name, adapter in adapters(model).items() if adapter.is_beside]:
         console.log(f"Trained beside the adapters, and saved with them: {', '.join(beside)}")
-    if settings.activation_checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
+    store = checkpoint_layers(model, settings.activation_checkpointing, output)
+    if store is not None:
+        console.log(f"What checkpointed layers keep waits in {store.where}")
     if checkpoint is None and method.num_start_batches:
         _start_from_data(model, method, loss_fn, config, work)
-    look = None
-    if is_routed(model):
-        watched = rows_to_watch(data, work.intrinsic)
-        look = partial(watch_routing, model, loss_fn, data.task, data.layout, watched, budget)
+    look = _watch(model, loss_fn, work, budget) if isinstance(method, HydraLoRA) else None
     _write_beginning(output, config, resolved, model.device, identity["model"]["dtype"])
     if work.intrinsic is not None:
         work.intrinsic.save(output)
@@ -293,6 +292,16 @@ def _run(
         stop_at=stop_at,
     )
     return model, result, look
+
+
+def _watch(model: PreTrainedModel, loss_fn: LossFunction, work: _Work, budget: int) -> Look | None:
+    """How to look at the model's routers; None where there are none to be watched."""
+    from lorica.recipes.routing import is_routed, rows_to_watch, watch_routing
+
+    if not is_routed(model):
+        return None
+    data, watched = work.data, rows_to_watch(work.data, work.intrinsic)
+    return partial(watch_routing, model, loss_fn, data.task, data.layout, watched, budget)
 
 
 def _start_from_data(
@@ -351,7 +360,12 @@ def _finish(
         energy_joules=result.energy.joules,
         energy_source=result.energy.source,
     )
-    write_run_report(output, asdict(done), () if routing is None else write_routing(output, routing))
+    sections: Sequence[str] = ()
+    if routing is not None:
+        from lorica.recipes.heat_map import write_routing
+
+        sections = write_routing(output, routing)
+    write_run_report(output, asdict(done), sections)
     write_json(output / RESULT, asdict(done))
     return done
 
@@ -384,6 +398,8 @@ def make_evaluation(
     if data.eval is None:
         return None
     if look is not None:
+        from lorica.recipes.routing import scores_and_routing
+
         return lambda: scores_and_routing(look, output)
     everything = np.arange(len(data.eval), dtype=np.int64)
     batches = data.layout.batches(data.eval, everything, micro_batch_tokens)

@@ -1,8 +1,8 @@
 """Rehearse a deep model by two shallow ones: where all layers are alike, each of them adds the same to a step.
 
 A step of 80 layers is a hundred thousand operations, which take minutes to rehearse. What each part of the memory needs
-at a given moment of the step (`Rehearsal.moments`) lies on a straight line over the number of layers, so models of two
-and of four layers tell it, and the largest of the moments is that of the deep model, which may be another than theirs.
+at a given moment of the step (`Rehearsal.moments`) lies on a straight line over the number of layers, so models of
+three and of four tell it, and the largest of the moments is that of the deep model, which may be another than theirs.
 
 What it gives up: holes between tensors are guessed to grow with the layers as tensors do. Models whose layers differ,
 and adapters on some of the layers, are rehearsed whole.
@@ -28,8 +28,10 @@ from lorica.training.ledger import Operation
 from lorica.training.paged import share_on_device
 from lorica.training.rehearsal import Parts, Rehearsal, layer_list, rehearse
 
-_FEW, _MORE = 2, 4
-_LEAST = 2 * (_FEW + _MORE)
+_FEW, _MORE = 3, 4
+"""With three there is one between the last layer and the first."""
+
+_LEAST = 12
 """Layers from which on it is worth it."""
 
 
@@ -61,6 +63,7 @@ def rehearse_deep(config: PretrainedConfig, options: MethodOptions, *, task: Tas
         holes=more.holes * live // more.live_bytes,
         loading=at_depth(few.loading, more.loading),
         paged_bytes=paged,
+        offloaded_bytes=at_depth(few.offloaded_bytes, more.offloaded_bytes),
         num_parameters=at_depth(few.num_parameters, more.num_parameters),
         num_trainable=at_depth(few.num_trainable, more.num_trainable),
         num_tokens=more.num_tokens,

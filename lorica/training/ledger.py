@@ -26,6 +26,7 @@ from torch.utils.flop_counter import flop_registry
 
 # The first two are imported for the operators that they define.
 import lorica.kernels.cpu_attention
+import lorica.kernels.low_rank
 import lorica.kernels.ops  # noqa: F401
 from lorica.kernels.linear import is_widened
 
@@ -34,6 +35,8 @@ _QUANTISED_PRODUCTS = (
     torch.ops.lorica.linear_8bit, torch.ops.lorica.linear_8bit_input_grad,
 )  # fmt: skip
 _PRODUCTS = (torch.ops.lorica.linear_rows, *_QUANTISED_PRODUCTS)
+# And where among its arguments A stands.
+_UPDATES = {torch.ops.lorica.low_rank_: 2, torch.ops.lorica.low_rank_backward: 3}
 
 # Operations a byte: an adapter of rank 16 has about 15 in bfloat16, a square product of the smallest models 80.
 _NARROW = 40
@@ -129,6 +132,10 @@ def _work(
         if {"query", "key", "value"} <= given.keys():
             backward = "backward" in str(op)
             return "attention_backward" if backward else "attention", _attention_flops(given, lengths, backward)
+    if op in _UPDATES:
+        x, (rank, in_size), out_size = args[1], args[_UPDATES[op]].shape, args[0].shape[-1]
+        # Forward has a product with each of A and B, and backward two.
+        return "matmul", (2 if op is torch.ops.lorica.low_rank_ else 4) * len(x) * rank * (in_size + out_size)
     if op not in flop_registry:
         return "memory", 0
     return "matmul", int(flop_registry[op](*args, **kwargs, out_val=out))

@@ -87,32 +87,45 @@ class Page:
         return _aligned(max(field.end for field in self.fields.values()))
 
 
+class Contents(NamedTuple):
+    """What a file holds, in the words of its errors; what to do `instead`, or to make it `smaller`, if it cannot."""
+
+    what: str
+    instead: str
+    smaller: str
+
+
+MOMENTS_STATE = Contents(
+    "AdamW's state",
+    instead="leave train.optimizer_memory out",
+    smaller="give more train.optimizer_memory, or set train.optimizer_bits=8",
+)
+
+
 class PageFile:
-    """A file without a name in `folder`, with all of its `num_bytes` set aside; they are zero. None is made for 0.
+    """A file without a name in `folder`, with `num_bytes` set aside from the start; they are zero. None is made for 0.
 
     Raises:
         ConfigError: nothing can be written to the folder.
         DoesNotFitError: the disk has not that much room.
     """
 
-    def __init__(self, folder: Path, num_bytes: int) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, num_bytes: int, contents: Contents = MOMENTS_STATE) -> None:
+        self._folder, self._contents = folder, contents
         self._file: Any = None
-        if num_bytes == 0:
+        self._num_bytes = 0
+        self.reserve(num_bytes)
+
+    def reserve(self, num_bytes: int) -> None:
+        """Set so many bytes aside in all; what is there stays. Raises what the constructor raises."""
+        if num_bytes <= self._num_bytes:
             return
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            # Closed, and with that given back to the disk, when this object is dropped.
-            self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115
-        except OSError as error:
-            raise ConfigError(
-                f"AdamW's state cannot be paged to {folder}: {error}. Choose a train.output that can be written to, or "
-                "leave train.optimizer_memory out."
-            ) from None
+        if self._file is None:
+            self._file = self._made()
         try:
             # Asked first: some file systems take all that is left before they notice that it is not enough.
-            free = shutil.disk_usage(folder).free
-            if num_bytes > free:
+            free = shutil.disk_usage(self._folder).free
+            if num_bytes - self._num_bytes > free:
                 raise OSError(errno.ENOSPC, f"{free:,} bytes are free")
             if sys.platform == "linux":
                 os.posix_fallocate(self._file.fileno(), 0, num_bytes)
@@ -120,9 +133,20 @@ class PageFile:
                 self._file.truncate(num_bytes)
         except OSError as error:
             raise DoesNotFitError(
-                f"AdamW's state needs {num_bytes:,} bytes of disk beside train.optimizer_memory, and {folder} has not "
-                f"that much room: {error}. Free some space, choose a train.output on another disk, give more "
-                "train.optimizer_memory, or set train.optimizer_bits=8."
+                f"{self._contents.what} needs {num_bytes:,} bytes of disk, and {self._folder} has not that much room: "
+                f"{error}. Free some space, choose a train.output on another disk, {self._contents.smaller}."
+            ) from None
+        self._num_bytes = num_bytes
+
+    def _made(self) -> Any:
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            # Closed, and with that given back to the disk, when this object is dropped.
+            return tempfile.TemporaryFile(dir=self._folder, buffering=0)
+        except OSError as error:
+            raise ConfigError(
+                f"{self._contents.what} cannot be paged to {self._folder}: {error}. Choose a train.output that can be "
+                f"written to, or {self._contents.instead}."
             ) from None
 
     @property
@@ -146,8 +170,8 @@ class PageFile:
             yield
         except OSError as error:
             raise LoricaError(
-                f"The disk of {self._folder} refuses the pages of AdamW's state: {error}. Resume from the last "
-                "checkpoint."
+                f"{self._contents.what} cannot be paged: the disk of {self._folder} refuses it: {error}. Resume from "
+                "the last checkpoint."
             ) from error
 
 
@@ -236,7 +260,7 @@ class CudaLane(MovingLane):
             self._stream.wait_event(worked)
             if leaving is not None:
                 home = self._on_host(slot, leaving)
-                _copy(home, self.slots[slot][: leaving.num_bytes])
+                copy_later(home, self.slots[slot][: leaving.num_bytes])
                 if leaving.memory is None:
                     self._stream.synchronize()
                     self._file.write(leaving.offset, home)
@@ -245,7 +269,7 @@ class CudaLane(MovingLane):
                 if coming.memory is None:
                     # Nothing reads the pinned buffer any more: its last page left it in the lines above.
                     self._file.read(coming.offset, home)
-                _copy(self.slots[slot][: coming.num_bytes], home)
+                copy_later(self.slots[slot][: coming.num_bytes], home)
             return self._stream.record_event()
 
     def _on_host(self, slot: int, page: Page) -> Tensor:
@@ -271,7 +295,8 @@ def pinned_memory(sizes: Sequence[int]) -> list[Tensor]:
     return pieces
 
 
-def _copy(out: Tensor, source: Tensor) -> None:
+def copy_later(out: Tensor, source: Tensor) -> None:
+    """Copy on the current stream; nobody waits for it if the tensor on the host is pinned."""
     out.copy_(source, non_blocking=True)
 
 

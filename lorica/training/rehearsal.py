@@ -43,6 +43,7 @@ from lorica.quant.linear import layers, num_parameters
 from lorica.quant.loading import quantize_skeleton
 from lorica.training.heap import filled_bytes
 from lorica.training.ledger import Ledger, Operation
+from lorica.training.offload import Checkpointing, checkpoint_layers
 from lorica.training.optim import clip_gradients, held_tensors, make_optimizer, num_paged_bytes
 from lorica.training.paged import Tiers
 
@@ -87,6 +88,7 @@ class Rehearsal:
         holes: what the process holds beyond live tensors because they come and go between others.
         loading: most that loading holds, if the checkpoint's dtype is not the run's and both are there for a while.
         paged_bytes: of AdamW's moments, that are not on the device.
+        offloaded_bytes: of the inputs of checkpointed layers, that wait for backward elsewhere.
         num_tokens: of the micro batch, without padding.
         work: what one micro batch does, forward and backward, and the optimizer after it.
         device: whose accounting this is, `cpu` or `cuda`.
@@ -97,6 +99,7 @@ class Rehearsal:
     holes: int
     loading: int
     paged_bytes: int
+    offloaded_bytes: int
     num_parameters: int
     num_trainable: int
     num_tokens: int
@@ -134,7 +137,7 @@ def rehearse(
     trained_fraction: float = 1.0,
     padded: bool = False,
     num_micro_batches: int = 1,
-    activation_checkpointing: bool = False,
+    activation_checkpointing: Checkpointing = False,
     num_restarts: int = 0,
     task: Task = CAUSAL,
     optimizer_bits: int = 32,
@@ -165,8 +168,7 @@ def rehearse(
         attach(model, with_whole(options, head_modules(model)))
         for wrapped in list(adapters(model).values()) * num_restarts:
             wrapped.restart()
-        if activation_checkpointing:
-            model.activation_checkpointing_enable({"use_reentrant": False})
+        store = checkpoint_layers(model, activation_checkpointing, None)
         trained = trainable_parameters(model.train())
         tiers = Tiers(optimizer_memory)
         optimizer = make_optimizer(
@@ -181,6 +183,7 @@ def rehearse(
         holes=holes,
         loading=_loading_bytes(config, dtype, moments["forward"].weights, place, model),
         paged_bytes=num_paged_bytes(optimizer),
+        offloaded_bytes=0 if store is None else store.num_bytes,
         num_parameters=num_parameters(model),
         num_trainable=sum(p.numel() for p in trained.values()),
         num_tokens=batch.num_tokens,

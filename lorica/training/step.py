@@ -252,5 +252,5 @@ def out_of_memory_explained(options: LoopOptions) -> Iterator[None]:
             f"Memory ran out with {options.micro_batch_tokens} tokens at once: "
             f"{str(error).splitlines()[0]}\n"
             f"Try train.micro_batch_tokens={max(1, options.micro_batch_tokens // 2)} (the result stays the same), "
-            "train.activation_checkpointing=true, model.dtype=bfloat16 or a smaller data.max_length."
+            "train.activation_checkpointing=true or =offload, model.dtype=bfloat16 or a smaller data.max_length."
         ) from error

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lorica.kernels import attention, cpu_attention
+from lorica.kernels import cpu_attention, torch_attention
 from lorica.kernels.attention import attention as attend
 
 HEADS, KEY_HEADS, SIZE, NUM_PREFIX = 4, 2, 8, 3
@@ -138,7 +138,7 @@ def test_sixteen_bits_that_the_cpu_lacks_are_widened_behind_a_prefix_too(
     borders = torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32)
 
     def run(*, widened: bool, dtype: torch.dtype) -> list[Tensor]:
-        monkeypatch.setattr(attention, "is_widened", lambda t: widened and t.dtype is torch.bfloat16)
+        monkeypatch.setattr(torch_attention, "is_widened", lambda t: widened and t.dtype is torch.bfloat16)
         inputs = [t.detach().to(dtype).requires_grad_() for t in (q, k, v)]
         given = [t.detach().clone().requires_grad_() for t in prefix]
         out, _ = attend(nn.Identity(), *inputs, None, cu_seq_lens_q=borders, prefix_key=given[0], prefix_value=given[1])
@@ -153,8 +153,21 @@ def test_sixteen_bits_that_the_cpu_lacks_are_widened_behind_a_prefix_too(
         torch.testing.assert_close(mine, exact, atol=0.15, rtol=0.05)
 
 
-def test_dropout_reaches_the_prefix_too() -> None:
+@pytest.mark.skipif(cpu_attention.compiled() is None, reason="no C compiler")
+@pytest.mark.parametrize("more", [{"dropout": 0.1}, {"softcap": 50.0}, {"s_aux": torch.zeros(HEADS)}, {}], ids=str)
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_cpu_has_it_all_from_the_kernel(packed: bool, more: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch_attention, "attend", None)
+    q, k, v = (torch.randn(1, heads, 6, SIZE) for heads in (HEADS, KEY_HEADS, KEY_HEADS))
+    borders = torch.tensor([0, 2, 6], dtype=torch.int32) if packed else None
+    assert attend(nn.Identity(), q, k, v, None, cu_seq_lens_q=borders, **more)[0].shape == (1, 6, HEADS, SIZE)
+
+
+@pytest.mark.parametrize("is_compiled", [True, False])
+def test_dropout_reaches_the_prefix_too(is_compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """With nothing but a prefix to see beside itself, half of its weights are dropped."""
+    if not is_compiled:
+        monkeypatch.setattr(cpu_attention, "takes", lambda *_, **__: False)
     torch.manual_seed(0)
     q = k = torch.zeros(1, 1, 1, 4)
     v, value = torch.zeros(1, 1, 1, 4), torch.ones(1, 4096, 4)

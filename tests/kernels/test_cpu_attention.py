@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import os
 import platform
 import shutil
@@ -15,13 +16,16 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
-from lorica.kernels import build, cpu_attention
+from lorica.kernels import attention_library, build, cpu_attention
 from lorica.kernels.cpu_attention import attend
 
 pytestmark = [
@@ -48,6 +52,9 @@ class Case:
     window: int | None = None
     prefix: int = 0
     value_size: int | None = None
+    softcap: float | None = None
+    sinks: bool = False
+    dropout: float = 0.0
 
 
 CASES = {
@@ -67,6 +74,16 @@ CASES = {
     "large heads": Case(heads=(2, 2), tokens=50, size=256),
     "values narrower than keys": Case(tokens=130, size=48, value_size=32, prefix=4),
     "values wider than keys": Case(tokens=130, cuts=(0, 60, 130), size=24, value_size=50),
+    "soft-capping": Case(tokens=131, size=256, softcap=1.5),
+    "soft-capping and a window": Case(tokens=150, cuts=(0, 31, 150), window=20, softcap=50.0),
+    "sinks": Case(heads=(6, 2), rows=2, tokens=65, window=9, sinks=True),
+    "dropout": Case(rows=2, tokens=113, causal=False, size=64, dropout=0.1),
+    "dropout, packed": Case(tokens=201, cuts=(0, 1, 50, 201), causal=False, dropout=0.5),
+    "dropout in a window behind a prefix": Case(tokens=151, prefix=101, window=9, dropout=0.3),
+    "dropout, more keys than queries": Case(rows=2, tokens=65, keys=140, size=32, dropout=0.1),
+    "all of it": Case(
+        tokens=230, cuts=(0, 90, 230), window=70, prefix=5, size=40, softcap=2.0, sinks=True, dropout=0.2
+    ),
 }
 
 
@@ -82,15 +99,45 @@ def inputs(case: Case, dtype: torch.dtype = torch.float32) -> tuple[list[Tensor]
     if case.prefix:
         # Masters are float32; here such that 16 bits hold them.
         tensors += [torch.randn(key_heads, case.prefix, size).to(dtype).float() for size in sizes]
+    if case.sinks:
+        tensors.append(torch.randn(heads))
     arguments: dict[str, Any] = {"scale": case.size**-0.5, "causal": case.causal, "window": case.window}
+    arguments |= {"softcap": case.softcap, "dropout": case.dropout}
     if case.cuts:
         arguments["cu_seqlens"] = torch.tensor(case.cuts, dtype=torch.int32)
     upstream = torch.randn(*q.shape[:3], sizes[1], dtype=dtype)
     return [t.requires_grad_() for t in tensors], arguments, upstream
 
 
-def formula(case: Case, tensors: list[Tensor]) -> Tensor:
-    q, k, v, *prefix = tensors
+def named(tensors: list[Tensor]) -> dict[str, Tensor]:
+    """Those behind query, key and value by the arguments that they are: prefixes are a pair."""
+    names = ("prefix_key", "prefix_value", "sinks") if len(tensors) > 4 else ("sinks",)
+    return dict(zip(names, tensors[3:], strict=False))
+
+
+def kept(case: Case, seed: int, queries: range, keys: range) -> Tensor:
+    """[H, queries, keys]: which weights dropout keeps, after csrc/scores.h, in numpy's arithmetic.
+
+    Queries are numbered through all samples, keys within theirs, and those of a prefix are negative.
+    """
+    wide, narrow = np.uint64, np.uint32
+    with np.errstate(over="ignore"):
+        place = np.arange(case.heads[0], dtype=wide)[:, None, None] << wide(32)
+        place = wide(seed) + (place | np.array(queries, wide)[:, None]) * wide(0x9E3779B97F4A7C15)
+        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+            place = (place ^ place >> wide(shift)) * wide(factor)
+        place ^= place >> wide(31)
+        key: npt.NDArray[np.uint32] = np.array(keys, np.int64).astype(narrow)
+        x = (place >> wide(32)).astype(narrow) + key * (place.astype(narrow) | narrow(1))
+        for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+            x = (x ^ x >> narrow(shift)) * narrow(factor)
+    return torch.from_numpy(x.view(np.int32) > math.trunc(case.dropout * 2**32 - 2**31 - 1))
+
+
+def formula(case: Case, tensors: list[Tensor], seed: int = 0) -> Tensor:
+    q, k, v = tensors[:3]
+    more = named(tensors)
+    prefix = [more[name] for name in ("prefix_key", "prefix_value") if name in more]
     group = case.heads[0] // case.heads[1]
     rows = []
     for row in range(case.rows):
@@ -106,7 +153,16 @@ def formula(case: Case, tensors: list[Tensor]) -> Tensor:
                 keys, values = (torch.cat([p, t], 1) for p, t in zip(prefix, (keys, values), strict=True))
                 sees = torch.cat([torch.ones(end - begin, case.prefix, dtype=torch.bool), sees], 1)
             scores = q[row, :, begin:end] @ keys.repeat_interleave(group, 0).transpose(1, 2) * case.size**-0.5
-            weights = scores.masked_fill(~sees, -torch.inf).softmax(-1)
+            if case.softcap:
+                scores = case.softcap * torch.tanh(scores / case.softcap)
+            scores = scores.masked_fill(~sees, -torch.inf)
+            if case.sinks:
+                scores = torch.cat([scores, more["sinks"][:, None, None].expand(-1, end - begin, 1)], 2)
+            weights = scores.softmax(-1)[..., : keys.shape[1]]
+            if case.dropout:
+                first = row * case.tokens + begin
+                columns = range(-case.prefix, keys.shape[1] - case.prefix)
+                weights = weights * kept(case, seed, range(first, first + end - begin), columns) / (1 - case.dropout)
             parts.append(weights @ values.repeat_interleave(group, 0))
         rows.append(torch.cat(parts, 1))
     return torch.stack(rows)
@@ -114,8 +170,8 @@ def formula(case: Case, tensors: list[Tensor]) -> Tensor:
 
 def ours(tensors: list[Tensor], arguments: dict[str, Any], upstream: Tensor) -> list[Tensor]:
     """Output and gradients."""
-    arguments = arguments | dict(zip(("prefix_key", "prefix_value"), tensors[3:], strict=False))
-    out = attend(*tensors[:3], **arguments)
+    torch.manual_seed(1)
+    out = attend(*tensors[:3], **arguments, **named(tensors))
     assert out.dtype is upstream.dtype and out.transpose(1, 2).is_contiguous()
     return [out.detach(), *torch.autograd.grad(out, tensors, upstream)]
 
@@ -123,7 +179,8 @@ def ours(tensors: list[Tensor], arguments: dict[str, Any], upstream: Tensor) -> 
 def exactly(case: Case, tensors: list[Tensor], upstream: Tensor) -> list[Tensor]:
     """The same in float64, by the formula."""
     exact = [t.detach().double().requires_grad_() for t in tensors]
-    out = formula(case, exact)
+    torch.manual_seed(1)
+    out = formula(case, exact, int(torch.randint(2**63 - 1, ())))
     return [out.detach(), *torch.autograd.grad(out, exact, upstream.double())]
 
 
@@ -140,7 +197,7 @@ def test_output_and_gradients_are_those_of_the_formula(name: str, dtype: torch.d
     check(CASES[name], dtype)
 
 
-@pytest.mark.parametrize("name", ["packed, of very different lengths", "a prefix", "large heads"])
+@pytest.mark.parametrize("name", ["packed, of very different lengths", "a prefix", "large heads", "all of it"])
 def test_several_threads_share_a_sample(name: str) -> None:
     before = torch.get_num_threads()
     try:
@@ -158,15 +215,15 @@ def simd(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     flags = (f"-march={MARCH[request.param]}", "-Wall", "-Wextra", "-Werror", "-Wno-unused-function", "-Wno-psabi")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(build, "cache_folder", lambda: tmp_path_factory.mktemp("cache"))
-        patch.setattr(cpu_attention, "FLAGS", (*flags, *cpu_attention.FLAGS[1:]))
-        cpu_attention.compiled.cache_clear()
-        built = cpu_attention.compiled()
+        patch.setattr(attention_library, "FLAGS", (*flags, *attention_library.FLAGS[1:]))
+        attention_library.compiled.cache_clear()
+        built = attention_library.compiled()
         assert built is not None
         if NEEDS[request.param] not in Path("/proc/cpuinfo").read_text().split():
-            cpu_attention.compiled.cache_clear()
+            attention_library.compiled.cache_clear()
             pytest.skip(f"this processor has no {NEEDS[request.param]}")
         yield request.param
-    cpu_attention.compiled.cache_clear()
+    attention_library.compiled.cache_clear()
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -180,7 +237,7 @@ def emulated(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     flags = ("-DEMULATED", f"-D{request.param}", "-Wall", "-Wextra", "-Werror", "-Wno-unused-function", "-Wno-psabi")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(build, "cache_folder", lambda: tmp_path_factory.mktemp("cache"))
-        built = cpu_attention._loaded("attention_bfloat16.c", (*cpu_attention.FLAGS, *flags))
+        built = attention_library._loaded("attention_bfloat16.c", (*attention_library.FLAGS, *flags))
     assert built is not None
     return built
 
@@ -231,7 +288,7 @@ def test_tiles_lose_nothing_that_is_not_finite(tiles: Any) -> None:
 
 def test_tiles_are_trusted_after_a_trial_and_torch_s_modes_do_not_matter(tiles: Any) -> None:
     with FakeTensorMode():
-        assert cpu_attention._is_right(tiles)
+        assert attention_library._is_right(tiles)
 
 
 @pytest.mark.parametrize(("lent", "warned"), [(1, 1), (0, 0)])
@@ -239,27 +296,76 @@ def test_tiles_that_are_wrong_or_not_lent_are_not_used(monkeypatch: pytest.Monke
     """Wrong: all results stay zero."""
     idle = SimpleNamespace(lorica_attention=lambda *_: 1, lorica_attention_backward=lambda *_: 1)
     idle.lorica_tiles_are_lent = lambda: lent
-    load = cpu_attention._loaded
-    monkeypatch.setattr(cpu_attention, "_loaded", lambda *a: idle if a[0] == "attention_bfloat16.c" else load(*a))
+    load = attention_library._loaded
+    monkeypatch.setattr(attention_library, "_loaded", lambda *a: idle if a[0] == "attention_bfloat16.c" else load(*a))
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True})
     with warnings.catch_warnings(record=True) as caught:
-        assert inspect.unwrap(cpu_attention.tiled)() is None
+        assert inspect.unwrap(attention_library.tiled)() is None
     assert len(caught) == warned and all("amx_bf16 gives wrong numbers" in str(w.message) for w in caught)
 
 
-@pytest.mark.parametrize("name", cpu_attention._TILE_FLAGS)
+@pytest.mark.parametrize("name", attention_library._TILE_FLAGS)
 def test_the_instructions_themselves_compile(name: str, tmp_path: Path) -> None:
     """For a processor that has them, whatever this one is."""
     if platform.machine() != "x86_64":
         pytest.skip("the instructions are those of x86-64")
     made, flags = tmp_path / "made.s", ("-march=x86-64-v4", "-fopenmp", "-Wall", "-Wextra", "-Wno-unused-function")
-    command = ["cc", "-S", "-O1", *flags, *cpu_attention._TILE_FLAGS[name], "-o", str(made)]
+    command = ["cc", "-S", "-O1", *flags, *attention_library._TILE_FLAGS[name], "-o", str(made)]
     if subprocess.run([*command, "-x", "c", "-"], input=b"", capture_output=True, check=False).returncode:
         pytest.skip("the compiler does not know them")
     source = str(build._SOURCES / "attention_bfloat16.c")
     done = subprocess.run([*command, source], capture_output=True, text=True, check=False)
     assert not done.stderr
     assert {"amx_bf16": "tdpbf16ps", "avx512_bf16": "vdpbf16ps"}[name] in made.read_text()
+
+
+def weights_of(dropout: float, seed: int, heads: int = 8, tokens: int = 300) -> Tensor:
+    """[H, T, T]: what dropout multiplies weights by: where all are alike and values are the identity, it comes out."""
+    torch.manual_seed(seed)
+    q, v = torch.zeros(1, heads, tokens, 32), torch.eye(tokens).expand(1, heads, -1, -1)
+    return attend(q, q, v, scale=1.0, causal=False, dropout=dropout)[0] * tokens
+
+
+@pytest.mark.parametrize("dropout", [0.1, 0.5])
+def test_weights_are_dropped_at_their_rate_and_independently(dropout: float) -> None:
+    """Of each pair of neighbours: keys at many distances, queries, heads, and seeds. Five standard errors."""
+    weights, other = weights_of(dropout, 0), weights_of(dropout, 1)
+    torch.testing.assert_close(weights[weights > 0], torch.tensor(1 / (1 - dropout)).expand(int((weights > 0).sum())))
+    drops, others = ((t == 0).double() - dropout for t in (weights, other))
+    variance = dropout * (1 - dropout)
+    assert abs(float(drops.sum())) < 5 * (variance * drops.numel()) ** 0.5
+    pairs = [(drops, others), (drops[1:], drops[:-1]), (drops[:, 1:], drops[:, :-1]), (drops[0], drops[-1])]
+    pairs += [(drops[..., step:], drops[..., :-step]) for step in (1, 2, 3, 4, 7, 8, 16, 32, 96, 128, 256)]
+    for a, b in pairs:
+        assert abs(float((a * b).sum())) < 5 * variance * a.numel() ** 0.5
+    # How many a query loses varies as it should, too.
+    assert 0.9 < float(drops.sum(-1).var()) / (variance * drops.shape[-1]) < 1.1
+
+
+def test_dropout_is_repeated_by_the_generator_s_state_alone() -> None:
+    assert torch.equal(weights_of(0.3, 5, tokens=40), weights_of(0.3, 5, tokens=40))
+    state = torch.get_rng_state()
+    assert not torch.equal(state, torch.manual_seed(5).get_state())
+    weights_of(0.0, 5, tokens=40)
+    assert torch.equal(torch.get_rng_state(), torch.manual_seed(5).get_state())
+
+
+def test_a_checkpoint_draws_the_same_again() -> None:
+    tensors, arguments, upstream = inputs(CASES["all of it"])
+
+    def run(*tensors: Tensor) -> Tensor:
+        return attend(*tensors[:3], **arguments, **named(list(tensors)))
+
+    found = []
+    for call in (run, lambda *t: checkpoint(run, *t, use_reentrant=False)):
+        torch.manual_seed(3)
+        found.append(torch.autograd.grad(call(*tensors), tensors, upstream))
+    assert all(map(torch.equal, *found))
+
+
+def test_dropping_everything_leaves_nothing() -> None:
+    tensors, arguments, upstream = inputs(Case(dropout=1.0, prefix=2, sinks=True))
+    assert not any(bool(t.any()) for t in ours(tensors, arguments, upstream))
 
 
 def test_a_later_token_and_another_sample_change_nothing() -> None:
@@ -294,11 +400,12 @@ def test_large_scores_do_not_overflow() -> None:
     torch.testing.assert_close(out.double(), want, atol=1e-3, rtol=1e-3)
 
 
-@pytest.mark.parametrize("prefix", [0, 3])
-def test_both_are_operators_as_torch_wants_them(prefix: int) -> None:
-    (q, k, v, *prefixes), arguments, upstream = inputs(Case(tokens=20, cuts=(0, 8, 20), prefix=prefix))
+@pytest.mark.parametrize("has_all", [False, True])
+def test_both_are_operators_as_torch_wants_them(has_all: bool) -> None:
+    (q, k, v, *more), arguments, upstream = inputs(Case(tokens=20, cuts=(0, 8, 20), prefix=3 * has_all, sinks=has_all))
     borders = cpu_attention._borders(arguments["cu_seqlens"], 1, 20, 20)
-    given = (q, k, v, borders, *(prefixes or (None, None)), 0.25, True, cpu_attention._NO_WINDOW)
+    optional = (*more, torch.tensor(7), 0.25, 2.0, 0.1) if has_all else (None, None, None, None, 0.25, 0.0, 0.0)
+    given = (q, k, v, borders, *optional, True, cpu_attention._NO_WINDOW)
     torch.library.opcheck(torch.ops.lorica.attention.default, given)
     plain = [t.detach() if isinstance(t, Tensor) else t for t in given]
     output = torch.ops.lorica.attention(*plain)
@@ -306,16 +413,19 @@ def test_both_are_operators_as_torch_wants_them(prefix: int) -> None:
 
 
 def test_it_compiles_into_one_graph_with_its_gradient() -> None:
-    (q, k, v, *prefix), arguments, upstream = inputs(Case(tokens=20, prefix=3))
+    (q, k, v, *prefix), arguments, upstream = inputs(Case(tokens=20, prefix=3, dropout=0.2))
     arguments |= {"prefix_key": prefix[0], "prefix_value": prefix[1]}
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        assert cpu_attention.takes(q, k, causal=True)
+        assert cpu_attention.takes(q, k, causal=True, plain=False)
         return attend(q, k, v, **arguments)
 
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
-    mine, theirs = (torch.autograd.grad(f(q, k, v), (q, k, v), upstream) for f in (compiled, run))
-    assert all(map(torch.equal, mine, theirs))
+    found = []
+    for call in (compiled, run):
+        torch.manual_seed(2)
+        found.append(torch.autograd.grad(call(q, k, v), (q, k, v), upstream))
+    assert all(map(torch.equal, *found))
 
 
 def test_borders_that_are_not_the_batch_s_are_refused() -> None:
@@ -329,5 +439,10 @@ def test_what_it_does_not_do_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -
     assert cpu_attention.takes(q, q, causal=True)
     assert not cpu_attention.takes(q.double(), q.double(), causal=True)
     assert not cpu_attention.takes(q, q[:, :, :2], causal=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(cpu_attention, "cpu_computes", lambda _: True)
+        patch.setattr(cpu_attention, "tiled", lambda: None)
+        assert not cpu_attention.takes(q.half(), q.half(), causal=True)
+        assert cpu_attention.takes(q.half(), q.half(), causal=True, plain=False)
     monkeypatch.setattr(cpu_attention, "compiled", lambda: None)
     assert not cpu_attention.takes(q, q, causal=True)

@@ -61,7 +61,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     monkeypatch.setattr(cuda_attention, "takes", lambda *_: True)
     monkeypatch.setattr(cuda_attention, "_varlen_attn", lambda: stand_in)
     # Or the CPU's own comes first.
-    monkeypatch.setattr("lorica.kernels.cpu_attention.takes", lambda *_: False)
+    monkeypatch.setattr("lorica.kernels.cpu_attention.takes", lambda *_, **__: False)
     return seen
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D as PlainConv1D
 
 from lorica.kernels import linear as door
 from lorica.kernels import rows
-from lorica.kernels.linear import Linear, is_widened, linear
+from lorica.kernels.linear import Conv1D, Linear, is_widened, linear
 
 
 @pytest.fixture
@@ -80,3 +81,25 @@ def test_the_layer_shares_the_parameters_it_was_made_from(poor_cpu: None) -> Non
     assert isinstance(ours, nn.Linear) and list(ours.state_dict()) == list(layer.state_dict())
     x = torch.randn(3, 5, dtype=torch.bfloat16)
     torch.testing.assert_close(ours(x), layer(x), rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_large_narrow_weight_is_widened_in_parts(monkeypatch: pytest.MonkeyPatch, bias: bool) -> None:
+    monkeypatch.setattr(door, "_PART", 100)
+    torch.manual_seed(0)
+    x, weight, b = torch.randn(5, 20, 30), torch.randn(150, 30).bfloat16(), torch.randn(150) if bias else None
+    with torch.no_grad():
+        expected = torch.nn.functional.linear(x, weight.float(), b)
+        torch.testing.assert_close(linear(x, weight, b), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_conv1d_is_transformers_own() -> None:
+    torch.manual_seed(0)
+    layer = PlainConv1D(12, 7)
+    ours = Conv1D(layer)
+    assert isinstance(ours, PlainConv1D) and torch.equal(ours.weight, layer.weight) and ours.weight.t().is_contiguous()
+    for num_rows in (1, 6, 100):
+        x = torch.randn(2, num_rows, 7)
+        with torch.inference_mode():
+            torch.testing.assert_close(ours(x), layer(x), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(ours(x), layer(x), rtol=1e-5, atol=1e-6)

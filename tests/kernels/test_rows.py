@@ -119,3 +119,27 @@ def test_it_is_taken_in_inference_mode(monkeypatch: pytest.MonkeyPatch) -> None:
         with torch.no_grad(), torch.inference_mode(mode):
             torch.testing.assert_close(linear(x, weight), x @ weight.t())
         assert bool(calls) is mode
+
+
+@pytest.mark.parametrize("held", [torch.bfloat16, torch.float16])
+def test_a_narrow_weight_gives_the_bits_of_its_wide_copy(path: int, held: torch.dtype) -> None:
+    torch.manual_seed(0)
+    for outputs, inputs in SHAPES:
+        weight = torch.randn(outputs, inputs).to(held)
+        for num_rows in (1, 2, 3, 4, 5, 9, 16, 17, 40):
+            x = torch.randn(num_rows, inputs)
+            assert torch.equal(rows.linear_rows(x, weight), rows.linear_rows(x, weight.float())), (num_rows, inputs)
+
+
+def test_the_largest_of_a_row_is_torchs(path: int) -> None:
+    nan, inf = float("nan"), float("inf")
+    for size in (1, 7, 8, 33, 70000):
+        x = torch.randn(5, size, generator=torch.Generator().manual_seed(size))
+        x[1] = -inf
+        # The first of several, in the vectors and behind them.
+        x[2, size // 2], x[2, -1] = inf, inf
+        x[3, -1] = nan
+        x[4, size // 3], x[4, size // 2] = nan, nan
+        assert torch.equal(rows.argmax(x), x.argmax(-1)), size
+        assert torch.equal(rows.argmax(x.t().contiguous().t()), x.argmax(-1)), size
+    assert torch.equal(rows.argmax(x.double()), x.argmax(-1))

@@ -15,10 +15,10 @@ from transformers.pytorch_utils import Conv1D
 
 import lorica
 from lorica.errors import ConfigError, NotMergeableError, TargetError
+from lorica.kernels.low_rank import add_low_rank
 from lorica.methods.lora import LoRA
 from lorica.methods.lora_conv import LoraConv
 from lorica.methods.lora_kinds import LoraEmbedding, LoraLinear
-from lorica.methods.low_rank import add_low_rank
 
 
 def test_linear_follows_the_equation_in_float64() -> None:

@@ -14,10 +14,12 @@ from transformers import (
     Gemma3TextConfig,
     GPT2Config,
     GPTNeoXConfig,
+    GptOssConfig,
     Llama4TextConfig,
     LlamaConfig,
     MambaConfig,
     MistralConfig,
+    ModernBertDecoderConfig,
     OPTConfig,
     Phi3Config,
     Qwen2Config,
@@ -42,11 +44,16 @@ PACKS = {
     "mistral with a window": MistralConfig(**TINY, sliding_window=4),
     "gemma2 with soft-capping and a window": Gemma2Config(**TINY, sliding_window=4, attn_logit_softcapping=2.0),
     "gemma3 with a window": Gemma3TextConfig(**TINY, sliding_window=4),
+    "gpt-oss with sinks and a window": GptOssConfig(
+        **TINY, sliding_window=4, num_local_experts=2, num_experts_per_tok=1
+    ),
     "phi3": Phi3Config(**TINY, pad_token_id=0),
     "gpt2": GPT2Config(
         n_embd=32, n_layer=3, n_head=4, vocab_size=99, initializer_range=0.3, bos_token_id=0, eos_token_id=1
     ),
     "neox": GPTNeoXConfig(**TINY),
+    # Its code looks into the positions, so a probe that had none would refuse it.
+    "modernbert decoder with a window": ModernBertDecoderConfig(**TINY, local_attention=4, pad_token_id=0),
     "opt": OPTConfig(**SMALL, ffn_dim=48, word_embed_proj_dim=32),
 }
 DOES_NOT = {
@@ -97,7 +104,12 @@ def test_packed_samples_give_what_each_gives_alone(name: str) -> None:
     torch.testing.assert_close(got, want, atol=2e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral with a window", "gemma2 with soft-capping and a window", "gpt2"])
+WITH_GRADIENTS = [
+    "llama", "mistral with a window", "gemma2 with soft-capping and a window", "gpt-oss with sinks and a window", "gpt2"
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WITH_GRADIENTS)
 def test_packed_gradients_equal_those_of_each_alone(name: str) -> None:
     ours, reference = pair(PACKS[name])
     samples = [torch.randint(2, 99, (n,)) for n in (6, 6, 9)]

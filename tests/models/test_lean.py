@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, GemmaConfig, LlamaConfig, Qwen3Config
+from transformers.activations import NewGELUActivation
 from transformers.models.gemma.modeling_gemma import GemmaMLP, GemmaRMSNorm
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
@@ -16,7 +17,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 import lorica
 from lorica.kernels import cpu_layers
-from lorica.models.lean import GatedMLP, RMSNorm, use_lean_layers
+from lorica.models.lean import GELU, GatedMLP, RMSNorm, use_lean_layers
 from lorica.training.ledger import Ledger
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -96,7 +97,7 @@ def test_the_gated_mlp_equals_the_model_it_comes_from(kind: type[nn.Module]) -> 
 
 
 def test_what_computes_something_else_stays() -> None:
-    for module in (Doubled(8), nn.LayerNorm(8), nn.Linear(8, 8), nn.Embedding(8, 8), nn.RMSNorm(8)):
+    for module in (Doubled(8), nn.GroupNorm(2, 8), nn.Linear(8, 8), nn.Embedding(8, 8), nn.RMSNorm(8)):
         assert lean(module) is module
 
 
@@ -116,7 +117,9 @@ def test_an_adapted_model_has_the_same_loss_and_gradients(config: LlamaConfig) -
     for (name, mine), (_, theirs) in zip(
         lorica.trainable_parameters(ours).items(), lorica.trainable_parameters(plain).items(), strict=True
     ):
-        torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-4, atol=1e-6, msg=name)
+        assert mine.grad is not None and theirs.grad is not None
+        # Either is as far as 4e-6 from float64.
+        assert (mine.grad - theirs.grad).abs().max() < 1e-5 * theirs.grad.abs().max(), name
 
 
 @pytest.mark.parametrize("checkpointed", [False, True])
@@ -136,6 +139,38 @@ def test_an_mlp_keeps_gate_and_up_and_no_product_of_them(checkpointed: bool) -> 
     assert kept == ({"plain": 0, "lean": 0} if checkpointed else {"plain": 4, "lean": 2})
 
 
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("kind", ["rms", "layer", "gelu"])
+def test_what_has_a_recipe_is_not_kept_by_the_adapters_that_read_it(kind: str, checkpointed: bool) -> None:
+    torch.manual_seed(0)
+    made = {"rms": LlamaRMSNorm(32), "layer": nn.LayerNorm(32), "gelu": NewGELUActivation()}[kind]
+    holder = nn.ModuleDict({"made": made, "q": nn.Linear(32, 40), "k": nn.Linear(32, 40)})
+    lorica.adapt(holder, lorica.LoRA(rank=2, targets=("q", "k")))
+    for adapter in lorica.adapters(holder).values():
+        nn.init.normal_(adapter.lora_b)
+    source = torch.randn(7, 32)
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        read = holder["made"](x)
+        out: torch.Tensor = holder["q"](read) * holder["k"](read)
+        return out
+
+    kept, gradients = [], []
+    for is_lean in (False, True):
+        if is_lean:
+            use_lean_layers(holder)
+        x = source.clone().requires_grad_()
+        with Ledger() as ledger:
+            out = checkpoint(run, x, use_reentrant=False) if checkpointed else run(x)
+            kept.append(sum(ledger.sizes[number] == source.nbytes for number in ledger.alive()) - 1)
+        wanted = [x, *lorica.trainable_parameters(holder).values()]
+        gradients.append(torch.autograd.grad(out.square().sum(), wanted))
+    # An adapter keeps what it reads; the lean one nothing beside x, which is counted off.
+    assert kept[1] == 0 and (kept[0] == 0) == checkpointed
+    for plain, lean_one in zip(*gradients, strict=True):
+        assert (lean_one - plain).abs().max() <= 1e-5 * plain.abs().max()
+
+
 class Swish(nn.Module):
     """x sigmoid(beta x): SiLU until beta is trained."""
 
@@ -153,3 +188,26 @@ def test_an_activation_that_can_be_trained_is_left_to_its_model() -> None:
     assert lean(theirs) is theirs
     theirs.act_fn = nn.SiLU()
     assert type(lean(theirs)) is GatedMLP
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gpt2s_activation_is_torchs_own_and_keeps_its_input_alone(dtype: torch.dtype) -> None:
+    theirs = NewGELUActivation()
+    ours = lean(theirs)
+    assert type(ours) is GELU and ours.approximate == "tanh"
+    x = torch.linspace(-6, 6, 101, dtype=torch.float64).requires_grad_()
+    narrow = x.detach().to(dtype).requires_grad_()
+    kept: list[torch.Tensor] = []
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = ours(narrow)
+    assert [t.data_ptr() for t in kept] == [narrow.data_ptr()]
+    want = theirs(x)
+    tolerance = 1e-5 if dtype is torch.float32 else 3e-2
+    torch.testing.assert_close(y.double(), want, rtol=tolerance, atol=tolerance)
+    (got,), (expected,) = torch.autograd.grad(y.sum(), narrow), torch.autograd.grad(want.sum(), x)
+    torch.testing.assert_close(got.double(), expected, rtol=tolerance, atol=tolerance)

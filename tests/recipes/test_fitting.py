@@ -30,27 +30,35 @@ def make_config(**changes: Any) -> RunConfig:
     ("room", "expected"),
     [
         (9 * GIB, ["train.activation_checkpointing=true"]),
-        (5 * GIB, ["train.activation_checkpointing=true", "train.optimizer_memory=67108864"]),
+        (8 * GIB, ["train.activation_checkpointing=offload"]),
+        (4 * GIB, ["train.activation_checkpointing=offload", "train.optimizer_memory=67108864"]),
         (
-            3 * GIB,
-            ["train.activation_checkpointing=true", "train.optimizer_memory=67108864", "model.dtype=bfloat16"],
+            2 * GIB,
+            ["train.activation_checkpointing=offload", "train.optimizer_memory=67108864", "model.dtype=bfloat16"],
         ),
     ],
 )
-def test_paging_is_offered_before_what_changes_the_result(
+def test_moving_things_elsewhere_is_offered_before_what_changes_the_result(
     room: int, expected: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """10 GiB, of which 4 are moments; checkpointing saves one, half precision two."""
+    """10 GiB, of which 4 are moments; checkpointing saves one, offloading another one, half precision two."""
 
     def rehearse_run(config: RunConfig, setting: Setting) -> Any:
         optimizer = 4 * GIB if config.train.optimizer_memory is None else config.train.optimizer_memory
-        rest = 6 * GIB - GIB * config.train.activation_checkpointing - 2 * GIB * (config.model.dtype == "bfloat16")
-        return SimpleNamespace(parts=SimpleNamespace(optimizer=optimizer), peak_bytes=optimizer + rest - (64 << 20))
+        saved = GIB * (False, True, "offload").index(config.train.activation_checkpointing)
+        rest = 6 * GIB - saved - 2 * GIB * (config.model.dtype == "bfloat16")
+        return SimpleNamespace(
+            parts=SimpleNamespace(optimizer=optimizer),
+            peak_bytes=optimizer + rest - (64 << 20),
+            offloaded_bytes=GIB if config.train.activation_checkpointing == "offload" else 0,
+        )
 
     monkeypatch.setattr(fitting, "rehearse_run", rehearse_run)
     assert fitting.find_alternatives(make_config(), SETTING, room)[0].overrides == expected
 
 
-def test_moments_that_are_few_are_not_paged(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fitting, "rehearse_run", lambda *_: SimpleNamespace(parts=SimpleNamespace(optimizer=1 << 20)))
-    assert all(key != "train.optimizer_memory" for key, _, _ in fitting._harmful(make_config(), SETTING))
+def test_what_is_little_is_not_moved(monkeypatch: pytest.MonkeyPatch) -> None:
+    little = SimpleNamespace(parts=SimpleNamespace(optimizer=1 << 20), offloaded_bytes=1 << 20)
+    monkeypatch.setattr(fitting, "rehearse_run", lambda *_: little)
+    offered = {key for key, _, _ in fitting._harmful(make_config(), SETTING)}
+    assert not offered & {"train.optimizer_memory", "train.activation_checkpointing"}

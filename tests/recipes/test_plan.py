@@ -109,6 +109,19 @@ def test_paged_moments_are_told_by_place(bare: Path, tmp_path: Path, capsys: pyt
     assert "of disk needed" in out and "go there and back each step, up to" in out
 
 
+def test_inputs_of_checkpointed_layers_are_told_by_place(
+    bare: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = f"train.output={tmp_path / 'run'}"
+    report = plan(configuration(bare, "/nowhere/rows.jsonl", "train.activation_checkpointing=offload", output))
+    offloading = report.offloading
+    # Two layers of 256 in bfloat16.
+    assert offloading is not None and offloading.file_bytes == 2 * 1024 * 256 * 2 and report.fits
+    assert offloading.host_bytes == 0 and offloading.folder == str(tmp_path) and offloading.seconds > 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "Inputs of checkpointed layers: 1.0 MiB wait for backward in a file" in out and "of disk needed" in out
+
+
 def test_targets_that_match_nothing_come_before_the_rows(bare: Path, tmp_path: Path) -> None:
     (tmp_path / "broken.jsonl").write_text("{no json\n")
     with pytest.raises(TargetError, match="no_such"):
@@ -133,7 +146,9 @@ def test_the_command(bare: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory cannot be reset on this system")
-def test_predicted_against_measured(base: Path) -> None:
-    report = plan(configuration(base, "/nowhere/rows.jsonl", "data.max_length=512"), measure=True)
+@pytest.mark.parametrize("checkpointing", ["false", "offload"])
+def test_predicted_against_measured(base: Path, checkpointing: str) -> None:
+    how = f"train.activation_checkpointing={checkpointing}"
+    report = plan(configuration(base, "/nowhere/rows.jsonl", "data.max_length=512", how), measure=True)
     assert report.measured is not None
     assert 0.85 <= report.measured.ratio <= 1.15, report

@@ -285,9 +285,10 @@ def test_how_a_step_is_computed_does_not_change_it(make_config: Config, tmp_path
     for row in first.values():
         assert row["loss"] == pytest.approx(first["whole"]["loss"], rel=1e-6)
         assert row["grad_norm"] == pytest.approx(first["whole"]["grad_norm"], rel=1e-5)
-    lorica.train(make_config(tmp_path / "again", micro_batch_tokens=64, activation_checkpointing=True))
     # Dropout is drawn again alike when activations are computed a second time.
-    assert metrics(tmp_path / "again") == metrics(straight)
+    for how in (True, "offload"):
+        lorica.train(make_config(tmp_path / f"{how}", micro_batch_tokens=64, activation_checkpointing=how))
+        assert metrics(tmp_path / f"{how}") == metrics(straight)
 
 
 # Killed and resumed
@@ -337,8 +338,9 @@ def test_killed_where_it_hurts_the_resumed_run_is_the_same_run(
 def test_killed_at_random_moments_the_resumed_run_is_the_same_run(
     make_config: Config, tmp_path: Path, seed: int
 ) -> None:
-    """1, 2: with dropout, accumulation and activation checkpointing on; by the clock, and at calls that touch files."""
-    changes: dict[str, Any] = {"micro_batch_tokens": 64, "activation_checkpointing": seed == 0, "seed": seed}
+    """1, 2: with dropout, accumulation and offloaded activations; by the clock, and at calls that touch files."""
+    how = False if seed else "offload"
+    changes: dict[str, Any] = {"micro_batch_tokens": 64, "activation_checkpointing": how, "seed": seed}
     lorica.train(make_config(tmp_path / "straight", **changes))
     folder, chance, kills = tmp_path / "run", random.Random(seed), 0
     config = make_config(folder, **changes)

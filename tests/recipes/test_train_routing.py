@@ -23,8 +23,8 @@ import lorica
 from lorica.config import DataConfig, RunConfig, load_config
 from lorica.data.rows import Example
 from lorica.methods.gates import UNKNOWN
+from lorica.recipes import heat_map
 from lorica.recipes import routing as recipe
-from lorica.recipes import train as training
 from lorica.recipes.compare import compare
 from lorica.recipes.evaluate import EvaluationReport, evaluate
 from lorica.recipes.intrinsic import Intrinsic
@@ -65,9 +65,9 @@ def configure(make_config: Config, tmp_path_factory: pytest.TempPathFactory) -> 
 @contextmanager
 def first_is_best() -> Iterator[None]:
     """The loss of each evaluation is said to be higher than the one before."""
-    losses, real = iter([1.0, 2.0]), training.scores_and_routing
+    losses, real = iter([1.0, 2.0]), recipe.scores_and_routing
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "scores_and_routing", lambda *a: {**real(*a), "loss": next(losses)})
+        patch.setattr(recipe, "scores_and_routing", lambda *a: {**real(*a), "loss": next(losses)})
         yield
 
 
@@ -150,7 +150,7 @@ def test_looking_changes_nothing(configure: Config, tmp_path: Path, monkeypatch:
     """Bit for bit the same training with, without and with unwatched evaluation, and the same evaluation loss."""
     lorica.train(configure(tmp_path / "watched"))
     lorica.train(configure(tmp_path / "no rows", data={"eval": None}))
-    monkeypatch.setattr(training, "is_routed", lambda model: False)
+    monkeypatch.setattr(recipe, "is_routed", lambda model: False)
     lorica.train(configure(tmp_path / "unwatched"))
     rows = {f.name: read_metrics(f / "metrics.jsonl") for f in tmp_path.iterdir()}
     losses = {name: [row["loss"] for row in part if "loss" in row] for name, part in rows.items()}
@@ -185,8 +185,9 @@ def test_a_resumed_run_says_the_same(configure: Config, tmp_path: Path, run: Pat
 def test_without_routers_nothing_is_looked_at(
     configure: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: Any
 ) -> None:
-    for name in ("rows_to_watch", "watch_routing", "write_routing"):
-        monkeypatch.setattr(training, name, None)
+    for name in ("rows_to_watch", "watch_routing"):
+        monkeypatch.setattr(recipe, name, None)
+    monkeypatch.setattr(heat_map, "write_routing", None)
     lorica.train(configure(tmp_path / "run", max_steps=2).model_copy(update={"method": method}))
     assert not list((tmp_path / "run").glob("routing*"))
     assert not any("nmi" in key for row in read_metrics(tmp_path / "run" / "metrics.jsonl") for key in row)

@@ -26,8 +26,9 @@ SIZES: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden
         (LoRA(rank=8), {"quant": "nf4", "activation_checkpointing": True}),
         (LoRA(rank=2), {"device": "cuda", "num_micro_batches": 2}),
         (FullFineTuning(), {}),
+        (LoRA(rank=2), {"activation_checkpointing": "offload"}),
     ],
-    ids=["nf4-checkpointed", "lora", "full"],
+    ids=["nf4-checkpointed", "lora", "full", "offloaded"],
 )
 def test_it_equals_the_whole_rehearsal(
     options: MethodOptions, step: dict[str, Any], monkeypatch: pytest.MonkeyPatch
@@ -40,7 +41,8 @@ def test_it_equals_the_whole_rehearsal(
     for name, parts in found.moments.items():
         assert parts == whole.moments[name], name
     assert (found.num_parameters, found.num_trainable) == (whole.num_parameters, whole.num_trainable)
-    assert found.loading == whole.loading and config.num_hidden_layers == 6
+    assert (found.loading, found.offloaded_bytes) == (whole.loading, whole.offloaded_bytes)
+    assert config.num_hidden_layers == 6
 
 
 def amounts(rehearsal: Rehearsal) -> tuple[int, int]:

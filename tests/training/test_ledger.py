@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 import lorica
-from lorica.kernels import cpu_attention
+from lorica.kernels import cpu_attention, low_rank
 from lorica.kernels.attention import attention
 from lorica.methods.attach import adapt
 from lorica.methods.lora import LoRA
@@ -80,7 +81,7 @@ def both_ways(query: Tensor, key: Tensor, value: Tensor, **how: Any) -> dict[str
 @pytest.mark.parametrize("kernel", ["lorica", "torch"])
 def test_attention_of_whole_squares_as_torch_counts_it(monkeypatch: pytest.MonkeyPatch, kernel: str) -> None:
     if kernel == "torch":
-        monkeypatch.setattr(cpu_attention, "takes", lambda *_: False)
+        monkeypatch.setattr(cpu_attention, "takes", lambda *_, **__: False)
     elif cpu_attention.compiled() is None:
         pytest.skip("no C compiler")
     # torch's kernel for CPUs takes keys of every head, and values as wide as them.
@@ -98,7 +99,7 @@ def test_causal_attention_is_counted_alike_in_both_kernels(monkeypatch: pytest.M
     # 1 + 2 + ... + 7 pairs of 2 samples and 4 heads; two products of 8, and five in backward.
     expected = {"attention": 28 * 8 * 2 * 2 * 8, "attention_backward": 28 * 8 * 5 * 2 * 8}
     assert both_ways(*tensors, is_causal=True) == expected
-    monkeypatch.setattr(cpu_attention, "takes", lambda *_: False)
+    monkeypatch.setattr(cpu_attention, "takes", lambda *_, **__: False)
     assert both_ways(*tensors, is_causal=True) == expected
 
 
@@ -137,6 +138,10 @@ class TorchCounts(TorchDispatchMode):
             self.flops += flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=out)
         elif str(func).startswith("lorica.linear_"):
             self.flops += 2 * args[0].shape[:-1].numel() * args[0].shape[-1] * out.shape[-1]
+        elif str(func).startswith("lorica.low_rank"):
+            # Each row meets A and B once, and in backward twice.
+            times, begin = (2, 3) if "backward" in str(func) else (1, 2)
+            self.flops += times * 2 * args[0].shape[0] * sum(t.numel() for t in args[begin : begin + 2])
         return out
 
 
@@ -171,11 +176,22 @@ def test_the_kernel_for_few_rows_counts_as_a_product() -> None:
     assert booked(lambda: F.linear(x, weight)) == {kind: 2 * 3 * 8 * 16}
 
 
+@needs_compiler
+def test_a_low_rank_update_counts_as_its_products() -> None:
+    y, x, lora_a, lora_b = (torch.randn(s) for s in ((50, 64), (50, 32), (4, 32), (64, 4)))
+    each = 2 * 50 * 4 * (32 + 64)
+    assert booked(lambda: low_rank.low_rank_(y, x, lora_a, lora_b, 1.0)) == {"narrow_matmul": each}
+    h, grad_x = x @ lora_a.t(), torch.zeros_like(x)
+    backward = partial(low_rank.low_rank_backward, y, x, h, lora_a, lora_b, 1.0, grad_x)
+    assert booked(backward) == {"narrow_matmul": 2 * each}
+
+
 def test_every_operator_of_ours_is_known() -> None:
     """One that is not counted, and should be, would make the plan promise a faster step than there is."""
     lorica.kernels.nf4_quantize(torch.zeros(64))  # all of them are imported
     names = {name.removeprefix("lorica::") for name in torch._C._dispatch_get_all_op_names() if "lorica::" in name}
     counted = {"attention", "attention_backward", "linear_rows"}
+    counted |= {"low_rank_", "low_rank_backward"}
     counted |= {f"linear_{bits}bit{of}" for bits in (4, 8) for of in ("", "_input_grad")}
     moving = {f"{verb}_{bits}bit" for verb in ("quantize", "dequantize") for bits in (4, 8)}
     moving |= {"cross_entropy_", "gate", "gate_backward", "rms_norm", "rms_norm_backward"}

@@ -324,7 +324,7 @@ def test_copies_of_the_gpu_lane_wait_for_what_they_need(
     monkeypatch.setattr(torch.cuda, "Stream", LazyStream)
     monkeypatch.setattr(torch.cuda, "stream", inside)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: mine)
-    monkeypatch.setattr(pages, "_copy", copy)
+    monkeypatch.setattr(pages, "copy_later", copy)
     monkeypatch.setattr(pages, "pinned_memory", lambda sizes: [torch.zeros(size, dtype=torch.uint8) for size in sizes])
     owner, fields = nn.Parameter(torch.zeros(1)), make_fields({"exp_avg": (torch.uint8, 64)})
     travelling = [Page(owner, 0, 64, fields, offset=64 * number) for number in range(7)]

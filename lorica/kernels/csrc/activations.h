@@ -4,24 +4,25 @@
 #include "numbers.h"
 
 enum { SILU, GELU_TANH };
-#define LOG2_E 1.44269504f
 
-static inline floats positive(floats x) { return (floats)((integers)x & 0x7fffffff); }
+/* 1 / (1 + e^-x), and in *other 1 less that, exact where it is small; what is below 2^-126 is 0. */
+static INLINE floats sigmoid_of(floats x, floats *other) {
+    const floats power = x * -LOG2_E, e = exp2_within(between(power, -126.0f, 126.0f)), sigmoid = 1.0f / (1.0f + e);
+    *other = (floats)((integers)(e * sigmoid) & ~(power <= -126.0f));
+    return (floats)((integers)sigmoid & ~(power >= 126.0f));
+}
 
 /* act(x) and its derivative. */
 static INLINE floats act_of(int act, floats x, floats *slope) {
+    floats other;
     if (act == SILU) {
-        /* From e^-|x|, which never overflows. */
-        const floats e = exp2_of(positive(x) * -LOG2_E), whole = 1.0f / (1.0f + e);
-        const floats sigmoid = choose(x >= 0.0f, whole, e * whole);
-        *slope = sigmoid * (1.0f + x * (1.0f - sigmoid));
+        const floats sigmoid = sigmoid_of(x, &other);
+        *slope = sigmoid * (1.0f + x * other);
         return x * sigmoid;
     }
     /* x (1 + tanh(inner)) / 2 is x sigmoid(2 inner): arXiv 1606.08415. */
     const float root = 0.797884561f, cubic = 0.044715f;
-    const floats square = x * x, twice = 2.0f * root * x * (1.0f + cubic * square);
-    const floats e = exp2_of(positive(twice) * -LOG2_E), whole = 1.0f / (1.0f + e);
-    const floats sigmoid = choose(twice >= 0.0f, whole, e * whole);
-    *slope = sigmoid + x * sigmoid * (1.0f - sigmoid) * (2.0f * root) * (1.0f + 3.0f * cubic * square);
+    const floats square = x * x, sigmoid = sigmoid_of(2.0f * root * x * (1.0f + cubic * square), &other);
+    *slope = sigmoid * (1.0f + x * other * (2.0f * root) * (1.0f + 3.0f * cubic * square));
     return x * sigmoid;
 }

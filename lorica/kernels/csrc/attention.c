@@ -161,11 +161,10 @@ static INLINE int64_t columns_for(int64_t i, int64_t diagonal, int64_t columns) 
 /* ------------------------------------------------------------------ forward */
 
 static void forward_head(const Attention *a, Sample s, int64_t head, int64_t first, Scratch *w, int64_t num_keys) {
-    const float log2e = 1.44269504f;
-    const int64_t count = take_queries(a, s, &a->query, head, first, a->scale * log2e, w->query);
+    const int64_t count = take_queries(a, s, &a->query, head, first, a->scale * LOG2_E, w->query);
     const int64_t rows = rounded(count, ROWS), width = w->value_width;
     float most[QUERIES], sums[QUERIES];
-    for (int64_t i = 0; i < QUERIES; i++) most[i] = -INFINITY, sums[i] = 0;
+    for (int64_t i = 0; i < QUERIES; i++) begin_row(a, head, most + i, sums + i);
     memset(w->out, 0, rows * width * sizeof(float));
     int64_t block, end;
     key_blocks(a, s, first, count, &block, &end);
@@ -176,8 +175,9 @@ static void forward_head(const Attention *a, Sample s, int64_t head, int64_t fir
         for (int64_t i = 0; i < count; i++) {
             float *scores = w->scores + i * KEYS;
             const int64_t some = columns_for(i, diagonal, columns);
-            hide(a, s, first + i, block, some, scores);
+            finish_scores(a, s, first + i, block, some, scores);
             take_scores(scores, some, most + i, sums + i, w->out + i * width, width);
+            if (a->dropout > 0) drop(a, s, first + i, head, block, some, scores);
         }
         add_scores_times(w->out, w->scores, w->values + block * WIDTH, num_keys * WIDTH, rows, width,
                          smaller(KEYS, end - block), diagonal);
@@ -214,9 +214,8 @@ static float factor_of_keys(const Attention *a) {
 /* grad_keys [keys, width] and grad_values [keys, value_width] are added to. */
 static void backward_head(const Attention *a, Sample s, int64_t head, int64_t first, Scratch *w, int64_t num_keys,
                           float *grad_keys, float *grad_values) {
-    const float log2e = 1.44269504f;
     const int64_t width = w->width, value_width = w->value_width;
-    const int64_t count = take_queries(a, s, &a->query, head, first, a->scale * log2e, w->query);
+    const int64_t count = take_queries(a, s, &a->query, head, first, a->scale * LOG2_E, w->query);
     take_queries(a, s, &a->grad, head, first, 1, w->grad);
     const int64_t rows = rounded(count, ROWS);
     float along[QUERIES]; /* the gradient's product with the output, which is its mean over the keys */
@@ -224,6 +223,7 @@ static void backward_head(const Attention *a, Sample s, int64_t head, int64_t fi
         read_row(a, &a->out, s.row, head, s.query + first + i, w->rows);
         along[i] = 0;
         for (int64_t c = 0; c < a->out.size; c++) along[i] += w->rows[c] * w->grad[i * value_width + c];
+        take_sink(a, s, first + i, head, along[i]);
         pack_row(w->query + i * width, width, w->query_panels, QUERIES, i);
         pack_row(w->grad + i * value_width, value_width, w->grad_panels, QUERIES, i);
     }
@@ -236,17 +236,9 @@ static void backward_head(const Attention *a, Sample s, int64_t head, int64_t fi
         scores_of(w->scores, w->query, width, w->key_columns + block * width, rows, columns, width, diagonal);
         scores_of(w->grad_scores, w->grad, value_width, w->value_columns + block * value_width, rows, columns,
                   value_width, diagonal);
-        for (int64_t i = 0; i < count; i++) {
-            const float log_sum = a->log_sum[(s.position + first + i) * a->heads + head];
-            const int64_t some = columns_for(i, diagonal, columns);
-            hide(a, s, first + i, block, some, w->scores + i * KEYS);
-            unaligned_floats *p = (unaligned_floats *)(w->scores + i * KEYS);
-            unaligned_floats *d = (unaligned_floats *)(w->grad_scores + i * KEYS);
-            for (int64_t j = 0; j < some / LANES; j++) {
-                p[j] = exp2_of(p[j] - log_sum);
-                d[j] = p[j] * (d[j] - along[i]);
-            }
-        }
+        for (int64_t i = 0; i < count; i++)
+            take_gradients(a, s, first + i, head, block, columns_for(i, diagonal, columns), along[i],
+                           w->scores + i * KEYS, w->grad_scores + i * KEYS);
         const int64_t filled = rounded(keys, ROWS);
         add_transposed_times(grad_values + block * value_width, w->scores, w->grad_panels, filled, value_width, count,
                              diagonal);

@@ -1,117 +1,15 @@
-/* What the kernels of attention have in common: samples, what a query sees of them, and the ways through all of them.
+/* What the kernels of attention have in common beside their scores (scores.h): the ways through all samples.
  *
- * A kernel defines WIDTH (columns of a panel), QUERIES, KEYS (of a block of scores) and Scratch (what a thread needs for
- * one sample of the greatest length) before it includes this, and then what is declared under "what a kernel brings". A
- * width is a size filled up to whole panels.
+ * A kernel defines WIDTH (columns of a panel), QUERIES, KEYS (of a block of scores) and Scratch (what a thread needs
+ * for one sample of the greatest length) before it includes this, and then what is declared under "what a kernel
+ * brings". A width is a size filled up to whole panels.
  *
  * A thread takes a sample and one head of keys, with all heads of queries that share it, so keys and values are packed
- * once for them; where these are too few for the threads, a sample's blocks of queries are dealt out to several. In the space of keys the prefix comes first: key j is prefix j, or the sample's own j - prefix.
+ * once for them; where these are too few for the threads, a sample's blocks of queries are dealt out to several.
  */
 #pragma once
 
-#include "numbers.h"
-
-typedef struct {
-    char *data;
-    int64_t row, head, token; /* strides in elements */
-    int64_t size;             /* features of a head, which are adjacent */
-} Tensor4;
-
-typedef struct {
-    int32_t type, causal;
-    int64_t heads, key_heads, samples, prefix, window;
-    float scale;
-    /* For each sample: its row, its first token and how many there are, of queries and of keys. The last query stands
-     * at the last key. */
-    const int64_t *borders;
-    Tensor4 query, key, value, out, grad, grad_query, grad_key, grad_value;
-    const void *prefix_key, *prefix_value;      /* [key_heads, prefix, size] */
-    float *grad_prefix_key, *grad_prefix_value; /* the same shape, for each sample */
-    float *log_sum; /* log2 of the sum of 2^score: [queries of all samples, heads] */
-} Attention;
-
-typedef struct { int64_t row, query, num_queries, key, num_keys, position; } Sample;
-
-static Sample sample_of(const Attention *a, int64_t index) {
-    const int64_t *b = a->borders + 6 * index;
-    return (Sample){b[0], b[1], b[2], b[3], b[4], b[5]};
-}
-
-static int64_t rounded(int64_t count, int64_t step) { return (count + step - 1) / step * step; }
-
-/* Which keys query i of a sample sees beside the prefix: from *first to *end, in the space of keys. */
-static INLINE void seen(const Attention *a, Sample s, int64_t i, int64_t *first, int64_t *end) {
-    const int64_t place = i + s.num_keys - s.num_queries;
-    *end = a->prefix + (a->causal ? place + 1 : s.num_keys);
-    *first = a->prefix + (place + 1 > a->window ? place + 1 - a->window : 0);
-}
-
-/* ------------------------------------------------------------------ rows of numbers */
-
-static void read_row(const Attention *a, const Tensor4 *t, int64_t row, int64_t head, int64_t token, float *to) {
-    load(to, t->data, a->type, row * t->row + head * t->head + token * t->token, t->size);
-}
-
-static void write_row(const Attention *a, const Tensor4 *t, int64_t row, int64_t head, int64_t token, const float *x) {
-    save(t->data, a->type, row * t->row + head * t->head + token * t->token, x, t->size);
-}
-
-/* Key or value j of a sample, the prefix's or its own. */
-static void read_key(const Attention *a, const Tensor4 *t, const void *prefix, Sample s, int64_t head, int64_t j,
-                     float *to) {
-    if (j < a->prefix) load(to, prefix, a->type, (head * a->prefix + j) * t->size, t->size);
-    else read_row(a, t, s.row, head, s.key + j - a->prefix, to);
-}
-
-/* ------------------------------------------------------------------ blocks of scores */
-
-/* The blocks of keys that a block of queries sees: whole blocks from *first to *end, the prefix's among them. */
-static void key_blocks(const Attention *a, Sample s, int64_t query, int64_t count, int64_t *first, int64_t *end) {
-    int64_t ignored;
-    seen(a, s, query, first, &ignored);
-    seen(a, s, query + count - 1, &ignored, end);
-    *first = a->prefix ? 0 : *first / KEYS * KEYS;
-}
-
-/* Query i and a block of keys: the last column that it sees is i - first + diagonal. */
-static int64_t diagonal_of(const Attention *a, Sample s, int64_t first, int64_t block) {
-    return a->causal ? a->prefix + first + s.num_keys - s.num_queries - block : a->prefix + s.num_keys - 1 - block;
-}
-
-/* Minus infinity for those of a block's first columns that query i does not see. */
-static INLINE void hide(const Attention *a, Sample s, int64_t i, int64_t block, int64_t columns, float *scores) {
-    int64_t low, high;
-    seen(a, s, i, &low, &high);
-    low -= block, high -= block;
-    for (int64_t j = a->prefix > block ? a->prefix - block : 0; j < smaller(low, columns); j++) scores[j] = -INFINITY;
-    for (int64_t j = high < 0 ? 0 : high; j < columns; j++) scores[j] = -INFINITY;
-}
-
-/* One more block of scores into a query's running maximum, sum and output. */
-static void take_scores(float *scores, int64_t columns, float *most, float *sum, float *out, int64_t width) {
-    unaligned_floats *row = (unaligned_floats *)scores;
-    floats top = row[0];
-    for (int64_t j = 1; j < columns / LANES; j++) top = choose(row[j] > top, row[j], top);
-    float now = *most;
-    for (int i = 0; i < LANES; i++) now = top[i] > now ? top[i] : now;
-    if (now == -INFINITY) { /* nothing to see in this block, or nothing but NaN */
-        for (int64_t j = 0; j < columns; j++) *sum += scores[j] == scores[j] ? 0 : scores[j];
-        memset(scores, 0, columns * sizeof(float));
-        return;
-    }
-    floats total = {0};
-    for (int64_t j = 0; j < columns / LANES; j++) {
-        row[j] = exp2_of(row[j] - now);
-        total += row[j];
-    }
-    if (now != *most) {
-        const float factor = exp2f(*most - now);
-        *sum *= factor;
-        for (int64_t c = 0; c < width; c++) out[c] *= factor;
-    }
-    *sum += sum_of(total);
-    *most = now;
-}
+#include "scores.h"
 
 /* ------------------------------------------------------------------ rearranging */
 

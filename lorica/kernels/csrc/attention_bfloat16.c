@@ -14,7 +14,6 @@ _Static_assert(QUERIES == 2 * WIDTH && KEYS % WIDTH == 0 && WIDTH % LANES == 0, 
 
 typedef uint16_t bfloat16;
 typedef uint32_t pair; /* of bfloat16, the first in the lower half */
-typedef uint32_t words __attribute__((vector_size(4 * LANES)));
 typedef words unaligned_words __attribute__((aligned(4), may_alias));
 typedef uint16_t unaligned_halves __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
 
@@ -209,12 +208,10 @@ static int64_t take_queries(Sample s, const Tensor4 *from, int64_t head, int64_t
     return count;
 }
 
-/* Scores times the factor that makes them exponents of 2; minus infinity what query i does not see. */
-static INLINE void finish_scores(const Attention *a, Sample s, int64_t i, int64_t block, int64_t columns,
-                                 float *scores) {
-    const float factor = a->scale * 1.44269504f; /* log2(e) */
+/* Products of queries and keys become exponents of 2. */
+static INLINE void scale_scores(const Attention *a, int64_t columns, float *scores) {
+    const float factor = a->scale * LOG2_E;
     for (int64_t j = 0; j < columns; j += LANES) *(unaligned_floats *)(scores + j) *= factor;
-    hide(a, s, i, block, columns, scores);
 }
 
 /* ------------------------------------------------------------------ forward */
@@ -223,7 +220,7 @@ static void forward_head(const Attention *a, Sample s, int64_t head, int64_t fir
     const int64_t count = take_queries(s, &a->query, head, first, w, w->query, NULL);
     const int64_t rows = rounded(count, WIDTH), width = w->value_width;
     float most[QUERIES], sums[QUERIES];
-    for (int64_t i = 0; i < QUERIES; i++) most[i] = -INFINITY, sums[i] = 0;
+    for (int64_t i = 0; i < QUERIES; i++) begin_row(a, head, most + i, sums + i);
     memset(w->out, 0, rows * width * sizeof(float));
     int64_t block, end;
     key_blocks(a, s, first, count, &block, &end);
@@ -235,8 +232,10 @@ static void forward_head(const Attention *a, Sample s, int64_t head, int64_t fir
             float *scores = w->scores + i * KEYS;
             const int64_t some = columns_for(i / WIDTH * WIDTH, diagonal, columns);
             if (!some) continue;
+            scale_scores(a, some, scores);
             finish_scores(a, s, first + i, block, some, scores);
             take_scores(scores, some, most + i, sums + i, w->out + i * width, width);
+            if (a->dropout > 0) drop(a, s, first + i, head, block, some, scores);
             round_row(scores, some, w->weights + i * KEYS);
         }
         add_weights_times(w->out, w->weights, w->values + block * WIDTH / 2, num_keys, rows, width, columns, diagonal);
@@ -262,17 +261,6 @@ static void forward_unit(const Attention *a, Sample s, int64_t key_head, int64_t
 
 /* ------------------------------------------------------------------ backward */
 
-/* Query i's scores become its weights, and their gradients, of which `along` is the mean, the scores' gradients. */
-static void take_gradients(const Attention *a, Sample s, int64_t i, int64_t block, int64_t columns, float log_sum,
-                           float along, float *scores, float *grad_scores) {
-    finish_scores(a, s, i, block, columns, scores);
-    unaligned_floats *p = (unaligned_floats *)scores, *d = (unaligned_floats *)grad_scores;
-    for (int64_t j = 0; j < columns / LANES; j++) {
-        p[j] = exp2_of(p[j] - log_sum);
-        d[j] = p[j] * (d[j] - along);
-    }
-}
-
 /* grad_keys [width, keys] and grad_values [value_width, keys], in panels of keys, are added to. */
 static void backward_head(const Attention *a, Sample s, int64_t head, int64_t first, Scratch *w, int64_t num_keys,
                           float *grad_keys, float *grad_values) {
@@ -287,6 +275,7 @@ static void backward_head(const Attention *a, Sample s, int64_t head, int64_t fi
         read_row(a, &a->grad, s.row, head, s.query + first + i, grad);
         along[i] = 0;
         for (int64_t c = 0; c < a->out.size; c++) along[i] += out[c] * grad[c];
+        take_sink(a, s, first + i, head, along[i]);
     }
     memset(w->out, 0, rows * width * sizeof(float));
     int64_t block, end;
@@ -301,8 +290,8 @@ static void backward_head(const Attention *a, Sample s, int64_t head, int64_t fi
             const int64_t some = columns_for(i / WIDTH * WIDTH, diagonal, columns);
             float *scores = w->scores + i * KEYS, *grad_scores = w->grad_scores + i * KEYS;
             if (i < count) {
-                const float log_sum = a->log_sum[(s.position + first + i) * a->heads + head];
-                take_gradients(a, s, first + i, block, some, log_sum, along[i], scores, grad_scores);
+                scale_scores(a, some, scores);
+                take_gradients(a, s, first + i, head, block, some, along[i], scores, grad_scores);
             } else {
                 memset(scores, 0, some * sizeof(float));
                 memset(grad_scores, 0, some * sizeof(float));

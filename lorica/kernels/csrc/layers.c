@@ -1,40 +1,19 @@
 /* Root-mean-square normalisation and the gate of an MLP, with their gradients, each in one pass over memory.
  *
- * As torch operations each is half a dozen passes, with a float32 copy of every 16-bit tensor between them. Here a piece
- * of STEP elements is widened into registers, worked on in float32 and rounded once. Tensors are contiguous.
+ * As torch operations each is half a dozen passes, with a float32 copy of every 16-bit tensor between them. Here a vector
+ * is widened into a register, worked on in float32 and rounded once. Tensors are contiguous.
  */
 #include "activations.h"
 
-enum { PARTS = STEP / LANES };
+enum { SUMS = 4 };    /* accumulators: an addition waits for the one before it, so others go on beside it */
+enum { BLOCK = 4096 }; /* elements of a gate that one turn of a thread takes */
 
-typedef struct { floats of[PARTS]; } Piece;
-
-/* `count` elements from `start`, zeros behind them. */
-static INLINE Piece read_piece(const void *from, int type, int64_t start, int64_t count) {
-    Piece piece = {{{0}}};
-    load((float *)&piece, from, type, start, count == STEP ? STEP : count);
-    return piece;
-}
-
-static INLINE void write_piece(void *to, int type, int64_t start, const Piece *piece, int64_t count) {
-    save(to, type, start, (const float *)piece, count == STEP ? STEP : count);
-}
-
-static INLINE void round_piece(Piece *piece, int type) {
-    if (type == FLOAT32) return;
-    uint16_t halves[STEP];
-    save(halves, type, 0, (const float *)piece, STEP);
-    load((float *)piece, halves, type, 0, STEP);
-}
-
-#define EACH_PART _Pragma("GCC unroll 16") for (int p = 0; p < PARTS; p++)
-
-static INLINE float sum_of_piece(const Piece *piece) {
-    floats sums = {0};
-    EACH_PART sums += piece->of[p];
-    float sum = 0;
-    for (int i = 0; i < LANES; i++) sum += sums[i];
-    return sum;
+static INLINE floats rounded(floats x, int type) {
+    if (type == FLOAT32) return x;
+    if (type == BFLOAT16) return (floats)(to_bfloat16s(x) & 0xffff0000);
+    uint16_t halves[LANES];
+    put_floats(halves, 0, type, x);
+    return floats_at(halves, 0, type);
 }
 
 /* ------------------------------------------------------------------ normalisation */
@@ -48,29 +27,34 @@ typedef struct {
     float *scale;                  /* [rows]: 1 / sqrt(mean(x^2) + epsilon) */
 } Norm;
 
-static INLINE Piece weight_piece(const Norm *n, int type, int64_t i, int64_t count) {
-    Piece w = read_piece(n->weight, type, i, count);
-    if (n->plus_one) EACH_PART w.of[p] += 1.0f;
-    return w;
+static INLINE floats weight_at(const Norm *n, int type, int64_t i) {
+    const floats w = read_at(n->weight, type, i, n->size - i);
+    return n->plus_one ? w + 1.0f : w;
 }
+
+/* The sum of TERM over a row, where TERM is said of the vector from `i` on. */
+#define SUM_OVER_ROW(total, n, TERM)                                                         \
+    do {                                                                                     \
+        floats sums_[SUMS] = {{0}};                                                          \
+        int64_t i = 0;                                                                       \
+        for (; i + SUMS * LANES <= (n)->size;)                                               \
+            _Pragma("GCC unroll 4") for (int s = 0; s < SUMS; s++, i += LANES) sums_[s] += TERM; \
+        for (; i < (n)->size; i += LANES) sums_[0] += TERM;                                  \
+        total = sum_of((sums_[0] + sums_[1]) + (sums_[2] + sums_[3]));                       \
+    } while (0)
+
+static INLINE floats square(floats x) { return x * x; }
 
 static INLINE void norm_row(const Norm *n, int type, int64_t row) {
     const int64_t start = row * n->size;
-    Piece squares = {{{0}}};
-    for (int64_t i = 0; i < n->size; i += STEP) {
-        const Piece x = read_piece(n->x, type, start + i, smaller(STEP, n->size - i));
-        EACH_PART squares.of[p] += x.of[p] * x.of[p];
-    }
-    const float scale = 1.0f / sqrtf(sum_of_piece(&squares) / n->size + n->epsilon);
+    float squares;
+    SUM_OVER_ROW(squares, n, square(read_at(n->x, type, start + i, n->size - i)));
+    const float scale = 1.0f / sqrtf(squares / n->size + n->epsilon);
     if (n->scale) n->scale[row] = scale;
-    for (int64_t i = 0; i < n->size; i += STEP) {
-        const int64_t count = smaller(STEP, n->size - i);
-        Piece x = read_piece(n->x, type, start + i, count);
-        const Piece w = weight_piece(n, type, i, count);
-        EACH_PART x.of[p] *= scale;
-        if (!n->plus_one) round_piece(&x, type);
-        EACH_PART x.of[p] *= w.of[p];
-        write_piece(n->out, type, start + i, &x, count);
+    for (int64_t i = 0; i < n->size; i += LANES) {
+        floats x = read_at(n->x, type, start + i, n->size - i) * scale;
+        if (!n->plus_one) x = rounded(x, type);
+        put_at(n->out, type, start + i, x * weight_at(n, type, i), n->size - i);
     }
 }
 
@@ -78,21 +62,15 @@ static INLINE void norm_row(const Norm *n, int type, int64_t row) {
 static INLINE void norm_row_backward(const Norm *n, int type, int64_t row) {
     const int64_t start = row * n->size;
     const float scale = n->scale[row];
-    Piece products = {{{0}}};
-    for (int64_t i = 0; i < n->size; i += STEP) {
-        const int64_t count = smaller(STEP, n->size - i);
-        const Piece x = read_piece(n->x, type, start + i, count), w = weight_piece(n, type, i, count);
-        const Piece grad = read_piece(n->grad, type, start + i, count);
-        EACH_PART products.of[p] += grad.of[p] * w.of[p] * x.of[p];
+    float products;
+#define AT(tensor) read_at(n->tensor, type, start + i, n->size - i)
+    SUM_OVER_ROW(products, n, AT(grad) * weight_at(n, type, i) * AT(x));
+    const float along = products / n->size * scale * scale;
+    for (int64_t i = 0; i < n->size; i += LANES) {
+        const floats inner = AT(grad) * weight_at(n, type, i) - AT(x) * along;
+        put_at(n->grad_x, type, start + i, inner * scale, n->size - i);
     }
-    const float along = sum_of_piece(&products) / n->size * scale * scale;
-    for (int64_t i = 0; i < n->size; i += STEP) {
-        const int64_t count = smaller(STEP, n->size - i);
-        const Piece x = read_piece(n->x, type, start + i, count), w = weight_piece(n, type, i, count);
-        Piece grad = read_piece(n->grad, type, start + i, count);
-        EACH_PART grad.of[p] = (grad.of[p] * w.of[p] - x.of[p] * along) * scale;
-        write_piece(n->grad_x, type, start + i, &grad, count);
-    }
+#undef AT
 }
 
 /* A loop over rows for each type, so that it is a constant inside. */
@@ -128,39 +106,36 @@ typedef struct {
     void *out, *grad_gate, *grad_up;
 } Gate;
 
-static INLINE void gate_piece(const Gate *g, int act, int type, int64_t index) {
-    const int64_t i = index * STEP, count = smaller(STEP, g->count - i);
-    Piece gate = read_piece(g->gate, type, i, count);
-    const Piece up = read_piece(g->up, type, i, count);
-    floats slope;
-    EACH_PART gate.of[p] = act_of(act, gate.of[p], &slope) * up.of[p];
-    write_piece(g->out, type, i, &gate, count);
+static INLINE void gate_block(const Gate *g, int act, int type, int64_t block) {
+    const int64_t end = smaller((block + 1) * BLOCK, g->count);
+    for (int64_t i = block * BLOCK; i < end; i += LANES) {
+        floats slope;
+        const floats active = act_of(act, read_at(g->gate, type, i, end - i), &slope);
+        put_at(g->out, type, i, active * read_at(g->up, type, i, end - i), end - i);
+    }
 }
 
-static INLINE void gate_piece_backward(const Gate *g, int act, int type, int64_t index) {
-    const int64_t i = index * STEP, count = smaller(STEP, g->count - i);
-    Piece gate = read_piece(g->gate, type, i, count), up = read_piece(g->up, type, i, count);
-    const Piece grad = read_piece(g->grad, type, i, count);
-    EACH_PART {
+static INLINE void gate_block_backward(const Gate *g, int act, int type, int64_t block) {
+    const int64_t end = smaller((block + 1) * BLOCK, g->count);
+    for (int64_t i = block * BLOCK; i < end; i += LANES) {
         floats slope;
-        const floats active = act_of(act, gate.of[p], &slope);
-        gate.of[p] = grad.of[p] * up.of[p] * slope;
-        up.of[p] = grad.of[p] * active;
+        const floats active = act_of(act, read_at(g->gate, type, i, end - i), &slope);
+        const floats up = read_at(g->up, type, i, end - i), grad = read_at(g->grad, type, i, end - i);
+        put_at(g->grad_gate, type, i, grad * up * slope, end - i);
+        put_at(g->grad_up, type, i, grad * active, end - i);
     }
-    write_piece(g->grad_gate, type, i, &gate, count);
-    write_piece(g->grad_up, type, i, &up, count);
 }
 
 void lorica_gate(const Gate *g, int threads) {
-    const int64_t pieces = (g->count + STEP - 1) / STEP;
+    const int64_t blocks = (g->count + BLOCK - 1) / BLOCK;
     threads = enough(g->count, threads);
-    if (g->act == SILU) FOR_TYPES(g->type, piece, pieces, threads, gate_piece, g, SILU);
-    else FOR_TYPES(g->type, piece, pieces, threads, gate_piece, g, GELU_TANH);
+    if (g->act == SILU) FOR_TYPES(g->type, block, blocks, threads, gate_block, g, SILU);
+    else FOR_TYPES(g->type, block, blocks, threads, gate_block, g, GELU_TANH);
 }
 
 void lorica_gate_backward(const Gate *g, int threads) {
-    const int64_t pieces = (g->count + STEP - 1) / STEP;
+    const int64_t blocks = (g->count + BLOCK - 1) / BLOCK;
     threads = enough(g->count, threads);
-    if (g->act == SILU) FOR_TYPES(g->type, piece, pieces, threads, gate_piece_backward, g, SILU);
-    else FOR_TYPES(g->type, piece, pieces, threads, gate_piece_backward, g, GELU_TANH);
+    if (g->act == SILU) FOR_TYPES(g->type, block, blocks, threads, gate_block_backward, g, SILU);
+    else FOR_TYPES(g->type, block, blocks, threads, gate_block_backward, g, GELU_TANH);
 }

@@ -26,10 +26,12 @@ static const int64_t STREAM_BYTES = (int64_t)24 << 20;
 
 typedef float floats __attribute__((vector_size(4 * LANES)));
 typedef int32_t integers __attribute__((vector_size(4 * LANES)));
+typedef uint32_t words __attribute__((vector_size(4 * LANES)));
 typedef float unaligned_floats __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 /* Loops over the rows of a tile: unrolled, so that their accumulators are registers. */
 #define UNROLLED _Pragma("GCC unroll 4")
 #define INLINE inline __attribute__((always_inline))
+#define LOG2_E 1.44269504f
 
 static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -113,26 +115,122 @@ static void save(void *to, int type, int64_t start, const float *from, int64_t c
     }
 }
 
-/* ------------------------------------------------------------------ functions of vectors */
-
 /* Where the mask is set a, else b. */
 static inline floats choose(integers mask, floats a, floats b) {
+#if SIMD == 512
+    return (floats)_mm512_ternarylogic_epi32((__m512i)mask, (__m512i)a, (__m512i)b, 0xca);
+#elif SIMD == 256
+    return (floats)_mm256_blendv_ps((__m256)b, (__m256)a, (__m256)mask);
+#else
     return (floats)((mask & (integers)a) | (~mask & (integers)b));
+#endif
 }
 
+/* ------------------------------------------------------------------ a vector from one type to another */
+
+/* LANES elements from the i-th on, of a type that is a constant where it is called. */
+static INLINE floats floats_at(const void *from, int64_t i, const int type) {
+    if (type == FLOAT32) return *(const unaligned_floats *)((const float *)from + i);
+    const uint16_t *halves = (const uint16_t *)from + i;
+#if SIMD == 512
+    const __m256i words = _mm256_loadu_si256((const __m256i *)halves);
+    if (type == FLOAT16) return (floats)_mm512_cvtph_ps(words);
+    return (floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32(words), 16);
+#elif SIMD == 256
+    const __m128i words = _mm_loadu_si128((const __m128i *)halves);
+    if (type == FLOAT16) return (floats)_mm256_cvtph_ps(words);
+    return (floats)_mm256_slli_epi32(_mm256_cvtepu16_epi32(words), 16);
+#else
+    float values[LANES];
+    load(values, halves, type, 0, LANES);
+    return *(const unaligned_floats *)values;
+#endif
+}
+
+/* bfloat16's nearest to each x, in the upper half of a word; below it lie bits of no meaning. A NaN stays one. */
+static INLINE words to_bfloat16s(floats x) {
+    const words nearest = (words)x + 0x7fff + ((words)x >> 16 & 1);
+    return (words)choose(x == x, (floats)nearest, (floats)((words){0} + 0x7fc00000));
+}
+
+/* `floats_at`, the other way. */
+static INLINE void put_floats(void *to, int64_t i, const int type, floats x) {
+    if (type == FLOAT32) {
+        *(unaligned_floats *)((float *)to + i) = x;
+        return;
+    }
+    uint16_t *halves = (uint16_t *)to + i;
+#if SIMD == 512
+    const __m512i shifted = _mm512_srli_epi32((__m512i)to_bfloat16s(x), 16);
+    const __m256i narrow = type == FLOAT16 ? _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT)
+                                           : _mm512_cvtepi32_epi16(shifted);
+    _mm256_storeu_si256((__m256i *)halves, narrow);
+#elif SIMD == 256
+    const __m256i shifted = _mm256_srli_epi32((__m256i)to_bfloat16s(x), 16);
+    const __m128i narrow = type == FLOAT16 ? _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT)
+                                           : _mm_packus_epi32(_mm256_castsi256_si128(shifted),
+                                                              _mm256_extracti128_si256(shifted, 1));
+    _mm_storeu_si128((__m128i *)halves, narrow);
+#else
+    save(halves, type, 0, (const float *)&x, LANES);
+#endif
+}
+
+/* What is left behind the last whole vector passes through a buffer, zeros behind it. */
+static __attribute__((noinline, unused)) floats read_rest(const void *from, int type, int64_t i, int64_t count) {
+    floats rest = {0};
+    load((float *)&rest, from, type, i, count);
+    return rest;
+}
+
+static __attribute__((noinline, unused)) void put_rest(void *to, int type, int64_t i, floats x, int64_t count) {
+    save(to, type, i, (const float *)&x, count);
+}
+
+/* A vector from the i-th element on, of which `left` are there. */
+static INLINE floats read_at(const void *from, int type, int64_t i, int64_t left) {
+    return left >= LANES ? floats_at(from, i, type) : read_rest(from, type, i, left);
+}
+
+static INLINE void put_at(void *to, int type, int64_t i, floats x, int64_t left) {
+    if (left >= LANES) put_floats(to, i, type, x);
+    else put_rest(to, type, i, x, left);
+}
+
+/* ------------------------------------------------------------------ functions of vectors */
+
 static inline float sum_of(floats vector) {
+#if SIMD == 512
+    return _mm512_reduce_add_ps((__m512)vector);
+#elif SIMD == 256
+    /* One half onto the other until one is left. */
+    __m128 half = _mm_add_ps(_mm256_castps256_ps128((__m256)vector), _mm256_extractf128_ps((__m256)vector, 1));
+    half = _mm_add_ps(half, _mm_movehl_ps(half, half));
+    return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
+#else
     float sum = 0;
     for (int i = 0; i < LANES; i++) sum += vector[i];
     return sum;
+#endif
 }
 
-/* 2^x for x <= 0, to 1e-7 of the result; 0 below the smallest normal number. */
-static inline floats exp2_of(floats x) {
+/* x, but at least `low` and at most `high`; a NaN stays one. */
+static inline floats between(floats x, float low, float high) {
+#if SIMD == 512
+    return (floats)_mm512_min_ps(_mm512_set1_ps(high), _mm512_max_ps(_mm512_set1_ps(low), (__m512)x));
+#elif SIMD == 256
+    return (floats)_mm256_min_ps(_mm256_set1_ps(high), _mm256_max_ps(_mm256_set1_ps(low), (__m256)x));
+#else
+    const floats above = choose(x < low, (floats){0} + low, x);
+    return choose(above > high, (floats){0} + high, above);
+#endif
+}
+
+/* 2^x for |x| <= 126, to 1e-7 of the result. */
+static inline floats exp2_within(floats x) {
     const float magic = 0x1.8p23f; /* adding it rounds to a whole number, which stands in the last bits */
-    const integers small = x <= -126.0f; /* not set for a NaN, which stays one */
-    const floats low = choose(small, (floats){0} - 126.0f, x);
-    const floats shifted = low + magic, f = low - (shifted - magic);
-    const floats power = (floats)(((integers)shifted - (int32_t)bits_of(magic) + 127) << 23);
+    const floats shifted = x + magic, f = x - (shifted - magic);
+    const floats power = (floats)(((integers)shifted << 23) + (127 << 23));
     /* The polynomial nearest to 2^f for |f| <= 1/2. */
     floats y = f * 1.54352254e-4f + 1.33999557e-3f;
     y = y * f + 9.61804048e-3f;
@@ -140,7 +238,13 @@ static inline floats exp2_of(floats x) {
     y = y * f + 2.40226509e-1f;
     y = y * f + 6.93147182e-1f;
     y = y * f + 1.0f;
-    return choose(small, (floats){0}, y * power);
+    return y * power;
+}
+
+/* 2^x for x <= 0; 0 from 2^-126 down. */
+static inline floats exp2_of(floats x) {
+    const integers small = x <= -126.0f; /* not set for a NaN, which stays one */
+    return (floats)(~small & (integers)exp2_within(x));
 }
 
 /* The largest |x|. As integers, a float's bits without the sign order as the floats do, and NaN above all: it wins. */

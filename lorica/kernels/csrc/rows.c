@@ -27,24 +27,6 @@ typedef struct {
 
 static INLINE int64_t bytes_of(const int type) { return type == FLOAT32 ? 4 : 2; }
 
-/* LANES elements from the i-th on. */
-static INLINE floats floats_at(const char *from, int64_t i, const int type) {
-    if (type == FLOAT32) return *(const unaligned_floats *)(from + 4 * i);
-#if SIMD == 512
-    const __m256i words = _mm256_loadu_si256((const __m256i *)(from + 2 * i));
-    if (type == FLOAT16) return (floats)_mm512_cvtph_ps(words);
-    return (floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32(words), 16);
-#elif SIMD == 256
-    const __m128i words = _mm_loadu_si128((const __m128i *)(from + 2 * i));
-    if (type == FLOAT16) return (floats)_mm256_cvtph_ps(words);
-    return (floats)_mm256_slli_epi32(_mm256_cvtepu16_epi32(words), 16);
-#else
-    float values[LANES];
-    load(values, from, type, i, LANES);
-    return *(const unaligned_floats *)values;
-#endif
-}
-
 static void put(const Product *p, int64_t row, int64_t output, float sum) {
     store(p->y, p->y_type, row * p->outputs + output, sum + (p->bias ? p->bias[output] : 0));
 }
@@ -135,6 +117,7 @@ static void tiles(const Product *p, int64_t output, float *wide, float *sums) {
             w = (const float *)p->weight + output * p->inputs + i;
             step = p->inputs;
         } else {
+            if (count < OUTPUTS) memset(wide, 0, OUTPUTS * INPUTS * sizeof(float));
             for (int64_t o = 0; o < count; o++)
                 load(wide + o * INPUTS, p->weight, p->type, (output + o) * p->inputs + i, inputs);
         }
@@ -152,9 +135,11 @@ static void tiles(const Product *p, int64_t output, float *wide, float *sums) {
 
 /* Rows of x beside each other: to [rows / WIDTH, inputs, WIDTH]; what fills the last tile up is zero. */
 static void deal(const Product *p, const float *x, float *to) {
-    for (int64_t r = 0; r < p->rows; r++) {
-        float *place = to + r / WIDTH * WIDTH * p->inputs + r % WIDTH;
-        for (int64_t i = 0; i < p->inputs; i++) place[i * WIDTH] = x[r * p->inputs + i];
+    for (int64_t first = 0; first < p->rows; first += WIDTH) {
+        const int64_t rows = smaller(WIDTH, p->rows - first);
+        float *place = to + first * p->inputs;
+        for (int64_t i = 0; i < p->inputs; i++)
+            for (int64_t r = 0; r < rows; r++) place[i * WIDTH + r] = x[(first + r) * p->inputs + i];
     }
 }
 
@@ -176,7 +161,7 @@ static int multiply(Product p, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(dynamic) if (threads > 1)
     for (int64_t first = 0; first < p.outputs; first += step) {
         const int64_t end = smaller(p.outputs, first + step);
-        float *sums = is_few ? NULL : calloc(sums_size + OUTPUTS * INPUTS, sizeof(float));
+        float *sums = is_few ? NULL : malloc((sums_size + OUTPUTS * INPUTS) * sizeof(float));
         if (is_few) {
             if (p.type == FLOAT32) dots(&p, first, end, FLOAT32);
             else if (p.type == BFLOAT16) dots(&p, first, end, BFLOAT16);
@@ -275,4 +260,34 @@ int lorica_add_low_rank(const void *x, int x_type, int64_t rows, int64_t inputs,
     save(y, x_type, 0, sums, rows * outputs);
     free(wide);
     return is_done;
+}
+
+/* ------------------------------------------------------------------ the largest */
+
+static int64_t argmax(const float *x, int64_t size) {
+    floats most = (floats){0} - INFINITY;
+    integers has_nan = {0};
+    int64_t i = 0;
+    for (; i + LANES <= size; i += LANES) {
+        const floats here = *(const unaligned_floats *)(x + i);
+        most = choose(here > most, here, most);
+        has_nan |= here != here;
+    }
+    float largest_one = -INFINITY;
+    for (int j = 0; j < LANES; j++) {
+        largest_one = most[j] > largest_one ? most[j] : largest_one;
+        if (has_nan[j]) largest_one = NAN;
+    }
+    for (; i < size; i++) largest_one = x[i] > largest_one || x[i] != x[i] ? x[i] : largest_one;
+    const int is_nan = largest_one != largest_one;
+    for (i = 0; i + 1 < size; i++)
+        if (is_nan ? x[i] != x[i] : x[i] == largest_one) break;
+    return i;
+}
+
+/* to[r]: where the largest of the r-th row stands, the first of several; a NaN counts as the largest. */
+void lorica_argmax(const float *x, int64_t rows, int64_t size, int64_t *to, int threads) {
+    threads = rows * size < ALONE ? 1 : threads;
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+    for (int64_t r = 0; r < rows; r++) to[r] = argmax(x + r * size, size);
 }
