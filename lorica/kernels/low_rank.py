@@ -10,8 +10,8 @@ each adapted layer are what counts in a small model.
 On a CPU in float32 the update itself is C (`csrc/low_rank.c`): its seven products are thin, where libraries reach half
 of their rate at rank 16 and a sixth at rank 8.
 
-What it gives up: second derivatives, and a gradient of W; `takes` says where that is nobody's loss. The C is for layers
-whose sizes are multiples of 32 and for ranks up to 32; from there on libraries are as good.
+What it gives up: second derivatives, torch.func's transforms, and a gradient of W; `takes` says where that is nobody's
+loss. The C is for layers whose sizes are multiples of 32 and for ranks up to 32; from there on libraries are as good.
 
 Shapes: x [..., in], W [out, in], A [k, in], B [out, k].
 """
@@ -24,13 +24,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
 from lorica.kernels.build import FLAGS, library
+from lorica.kernels.linear import Conv1D as OurConv1D
 from lorica.kernels.linear import Linear, is_stand_in, is_widened, linear
 from lorica.kernels.recipes import Recipe, to_keep
 
-_DENSE = (nn.Linear, Linear, Conv1D)
+_DENSE = (nn.Linear, Linear, Conv1D, OurConv1D)
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_GLOBAL_HOOKS = tuple(getattr(torch.nn.modules.module, f"_global{name}") for name in _HOOKS)
 _MULTIPLE, _MOST_RANK, _FEWEST_ROWS = 32, 32, 48
 
 
@@ -46,9 +50,9 @@ def add_low_rank(y: Tensor, h: Tensor, lora_b: Tensor, scale: float) -> Tensor:
 
 def takes(base: nn.Module) -> bool:
     """Whether `low_rank_linear` can go through `base`: a frozen linear layer whose output its weight and bias tell."""
-    is_known = type(base) in _DENSE or hasattr(base, "input_grad")
+    is_known = (type(base) in _DENSE or hasattr(base, "input_grad")) and "forward" not in vars(base)
     is_trained = any(p is not None and p.requires_grad for p in base._parameters.values())
-    return is_known and not is_trained and not _is_hooked(base)
+    return is_known and not is_trained and not any(vars(base)[name] for name in _HOOKS) and not any(_GLOBAL_HOOKS)
 
 
 def low_rank_linear(
@@ -60,7 +64,8 @@ def low_rank_linear(
         base: one that `takes`.
         dropout: probability of dropping an input of the update; drawn from torch's generator of x's device.
     """
-    kept = to_keep(x) if torch.is_grad_enabled() else (None, ())
+    # With A frozen nobody asks for x again.
+    kept = to_keep(x) if torch.is_grad_enabled() and lora_a.requires_grad else (None, (x,))
     y: Tensor = _LowRankLinear.apply(x, base, lora_a, lora_b, scale, dropout, *kept)  # type: ignore[no-untyped-call]
     return y
 
@@ -81,19 +86,22 @@ class _LowRankLinear(torch.autograd.Function):
             h = linear(read, lora_a)
             add_low_rank(y, h, lora_b, scale)
         ctx.base, ctx.scale, ctx.dropout, ctx.recipe, ctx.shape = base, scale, dropout, recipe, x.shape
-        ctx.save_for_backward(lora_a, lora_b, h, kept, *ingredients)
+        # W so that it cannot be changed unseen; codes are not, for nothing writes into them.
+        weight = base._parameters.get("weight")
+        ctx.save_for_backward(lora_a, lora_b, h, kept, weight, *ingredients)
         # No view, so that the model may write into what it gets, as Llama 4 does.
         whole: Tensor = torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[-1]))
         return whole
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        lora_a, lora_b, h, kept, *ingredients = ctx.saved_tensors
+        lora_a, lora_b, h, kept, weight, *ingredients = ctx.saved_tensors
         needs_x, _, needs_a, needs_b, *_ = ctx.needs_input_grad
         grad = grads[0].reshape(-1, grads[0].shape[-1])
         x = ingredients[0] if ctx.recipe is None else ctx.recipe.again(*ingredients)
         read = _dropped(x.reshape(-1, x.shape[-1]), kept, ctx.dropout)
-        grad_x = input_grad(ctx.base, grad) if needs_x else None
+        grad_x = input_grad(ctx.base, weight, grad) if needs_x else None
         # What dropout let through is added behind its mask.
         below = grad_x if grad_x is None or kept is None else torch.zeros_like(grad_x)
         if ctx.is_compiled:
@@ -111,14 +119,14 @@ class _LowRankLinear(torch.autograd.Function):
         return grad_x, None, grad_a if needs_a else None, grad_b if needs_b else None, None, None, None, None
 
 
-def input_grad(base: nn.Module, grad: Tensor) -> Tensor:
-    """The gradient of the rows that went into `base`, [rows, in], from that of its output [rows, out]."""
-    own = getattr(base, "input_grad", None)
-    if own is not None:
-        made: Tensor = own(grad)
+def input_grad(base: nn.Module, weight: Tensor | None, grad: Tensor) -> Tensor:
+    """The gradient of the rows that went into `base`, [rows, in], from that of its output [rows, out].
+
+    weight: that of a dense base when it was called; others know theirs.
+    """
+    if weight is None:
+        made: Tensor = base.input_grad(grad)  # type: ignore[operator]
         return made
-    weight = base._parameters["weight"]
-    assert weight is not None
     return linear(grad, weight.detach() if isinstance(base, Conv1D) else weight.detach().t())
 
 
@@ -212,7 +220,3 @@ low_rank_ = torch.ops.lorica.low_rank_.default
 
 low_rank_backward = torch.ops.lorica.low_rank_backward.default
 """(grad of y, x, h, A, B, scale, grad_x or None) -> gradients of A and B; that of x is added to grad_x."""
-
-
-def _is_hooked(base: nn.Module) -> bool:
-    return bool(base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks)

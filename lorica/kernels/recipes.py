@@ -4,18 +4,20 @@ What a normalisation or an activation gives out is kept for backward by the adap
 made of is kept as well, by itself: two copies of one thing. From the recipe an adapter keeps the ingredients, which
 costs nothing, and makes the tensor again for a pass over memory. Adapters that read one tensor share what was made.
 
-The recipe stands on the tensor as a Python attribute. It is lost where an operation makes another tensor of it, and it
-is not taken where the tensor was written into since: whoever asks gets the tensor itself then.
+A recipe is lost where an operation makes another tensor of the one that has it, and it is not taken where that tensor
+or an ingredient was written into since: whoever asks gets the tensor itself then.
+
+What it gives up: writing through `.data` or in C is not seen, as autograd does not see it either.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-
-_NAME = "lorica_recipe"
+from torch.utils.weak import WeakTensorKeyDictionary
 
 
 class Recipe:
@@ -38,17 +40,35 @@ class Recipe:
         return made
 
 
+class _Note(NamedTuple):
+    recipe: Recipe
+    ingredients: tuple[Tensor, ...]
+    state: tuple[object, ...]
+
+
+# Beside the tensors and not on them: an attribute would be pickled and copied along.
+_NOTES: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
 def with_recipe(tensor: Tensor, make: Callable[..., Tensor], *ingredients: Tensor) -> Tensor:
-    """`tensor`, which `make(*ingredients)` gives again, bit for bit."""
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        setattr(tensor, _NAME, (Recipe(make), ingredients, tensor._version))
+    """`tensor`, which `make(*ingredients)` gives again, bit for bit.
+
+    Nothing is noted of a tensor without a gradient: what made it keeps no ingredients then.
+    """
+    if tensor.requires_grad and not torch.compiler.is_compiling():
+        _NOTES[tensor] = _Note(Recipe(make), ingredients, _state(tensor, *ingredients))
     return tensor
 
 
 def to_keep(tensor: Tensor) -> tuple[Recipe | None, tuple[Tensor, ...]]:
     """What to keep for backward: a recipe and its ingredients, or None and the tensor."""
-    recipe, ingredients, version = getattr(tensor, _NAME, (None, (), None))
-    if recipe is None or tensor._version != version:
+    note: _Note | None = None if torch.compiler.is_compiling() else _NOTES.get(tensor)  # type: ignore[no-untyped-call]
+    if note is None or _state(tensor, *note.ingredients) != note.state:
         return None, (tensor,)
-    recipe.join()
-    return recipe, ingredients
+    note.recipe.join()
+    return note.recipe, note.ingredients
+
+
+def _state(*tensors: Tensor) -> tuple[object, ...]:
+    """Another one where a tensor was written into, or turned in place."""
+    return tuple((t._version, t.shape, t.stride()) for t in tensors)

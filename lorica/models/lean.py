@@ -24,6 +24,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from lorica.kernels import cpu_layers
@@ -78,6 +79,7 @@ class _RMSNorm(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         x, weight, scale = ctx.saved_tensors
         (grad,) = grads
@@ -96,6 +98,12 @@ class _RMSNorm(torch.autograd.Function):
         return grad_x, grad_weight, None, None
 
 
+def _layer_normed(
+    shape: tuple[int, ...], eps: float, x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None
+) -> Tensor:
+    return F.layer_norm(x, shape, weight, bias, eps)
+
+
 class LayerNorm(nn.LayerNorm):
     """nn.LayerNorm, whose result is not kept by the adapters that read it."""
 
@@ -104,7 +112,9 @@ class LayerNorm(nn.LayerNorm):
         self.elementwise_affine, self.weight, self.bias = layer.elementwise_affine, layer.weight, layer.bias
 
     def forward(self, input: Tensor) -> Tensor:
-        return with_recipe(super().forward(input), super().forward, input)
+        make = partial(_layer_normed, self.normalized_shape, self.eps)
+        given = [p for p in (self.weight, self.bias) if p is not None]
+        return with_recipe(super().forward(input), make, input, *given)
 
 
 class GELU(nn.GELU):
@@ -166,6 +176,7 @@ class _Gated(torch.autograd.Function):
         return _gated(gate, up, act)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
         gate, up = ctx.saved_tensors
         if isinstance(ctx.act, str):

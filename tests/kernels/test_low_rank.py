@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
@@ -128,7 +129,8 @@ def test_the_input_is_kept_once_and_dropout_costs_a_byte() -> None:
         kept.clear()
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             low_rank_linear(x, base, lora_a, lora_b, SCALE, dropout)
-        own = sum(t.nbytes for t in kept if t.data_ptr() not in (x.data_ptr(), lora_a.data_ptr(), lora_b.data_ptr()))
+        given = {t.data_ptr() for t in (x, lora_a, lora_b, base.weight)}
+        own = sum(t.nbytes for t in kept if t.data_ptr() not in given)
         assert own == 4 * 100 * RANK + most
 
 
@@ -146,6 +148,48 @@ def test_what_it_takes() -> None:
             return 2 * super().forward(input)
 
     assert not takes(Scaled(4, 4).requires_grad_(False))
+    replaced = nn.Linear(4, 4).requires_grad_(False)
+    replaced.forward = lambda x: x  # type: ignore[method-assign]
+    assert not takes(replaced)
+    handle = nn.modules.module.register_module_forward_hook(lambda module, args, out: None)
+    assert not takes(base.requires_grad_(False))
+    handle.remove()
+    assert takes(base)
+
+
+def test_a_weight_that_changes_before_backward_is_noticed() -> None:
+    base, lora_a, lora_b = make("linear")
+    x = torch.randn(3, IN, requires_grad=True)
+    y = low_rank_linear(x, base, lora_a, lora_b, SCALE)
+    with torch.no_grad():
+        base.get_parameter("weight").mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(y.sum(), x)
+    # Another weight for the time of a call is the one that its backward reads.
+    weight = torch.randn(OUT, IN)
+    y = functional_call(Caller(base, lora_a, lora_b), {"base.weight": weight}, x)
+    (got,) = torch.autograd.grad(y.sum(), x)
+    want = (weight + SCALE * lora_b @ lora_a).sum(0).expand(3, -1)
+    torch.testing.assert_close(got, want)
+
+
+class Caller(nn.Module):
+    def __init__(self, base: nn.Module, lora_a: Tensor, lora_b: Tensor) -> None:
+        super().__init__()
+        self.base, self.pair = base, (lora_a, lora_b)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return low_rank_linear(x, self.base, *self.pair, SCALE)
+
+
+@pytest.mark.parametrize("num_rows", [3, 60])
+def test_second_derivatives_are_refused(num_rows: int) -> None:
+    base, lora_a, lora_b = make("linear")
+    x = torch.randn(num_rows, IN, requires_grad=True)
+    y = low_rank_linear(x, base, lora_a, lora_b, SCALE)
+    (grad,) = torch.autograd.grad(y.square().sum(), lora_a, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.square().sum().backward()  # type: ignore[no-untyped-call]
 
 
 def test_a_model_may_write_into_what_it_gets() -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
-from lorica.kernels.recipes import to_keep, with_recipe
+from lorica.kernels.recipes import _NOTES, to_keep, with_recipe
 
 
 def doubled(source: Tensor, calls: list[int]) -> Tensor:
@@ -18,7 +20,7 @@ def doubled(source: Tensor, calls: list[int]) -> Tensor:
 
 def test_the_users_of_a_tensor_share_what_is_made_and_the_last_lets_it_go() -> None:
     calls: list[int] = []
-    source = torch.arange(3.0)
+    source = torch.arange(3.0, requires_grad=True)
     tensor = doubled(source, calls)
     (recipe, ingredients), (same, _) = to_keep(tensor), to_keep(tensor)
     assert recipe is not None and recipe is same and ingredients[0] is source
@@ -28,18 +30,40 @@ def test_the_users_of_a_tensor_share_what_is_made_and_the_last_lets_it_go() -> N
     assert recipe.again(*ingredients) is not first and len(calls) == 2
 
 
+def has_none(tensor: Tensor) -> bool:
+    recipe, (kept,) = to_keep(tensor)
+    return recipe is None and kept is tensor
+
+
 def test_a_tensor_that_was_written_into_is_kept_itself() -> None:
-    tensor = doubled(torch.arange(3.0), [])
-    tensor.add_(1)
-    assert to_keep(tensor) == (None, (tensor,))
+    source = torch.randn(3, 3, requires_grad=True)
+    assert not has_none(doubled(source, []))
+    tensor = doubled(source, [])
+    assert has_none(tensor.add_(1)) and has_none(doubled(source, []).t_())
+    inner = source * 1
+    tensor = doubled(inner, [])
+    inner.add_(1)
+    assert has_none(tensor), "an ingredient was written into"
 
 
 def test_what_is_made_of_it_has_no_recipe() -> None:
-    tensor = doubled(torch.arange(4.0), []).view(2, 2)
-    assert to_keep(tensor) == (None, (tensor,))
+    assert has_none(doubled(torch.ones(4, requires_grad=True), []).view(2, 2))
 
 
 def test_without_gradients_nothing_is_noted() -> None:
+    assert has_none(doubled(torch.arange(3.0), []))
     with torch.inference_mode():
         tensor = doubled(torch.arange(3.0), [])
-    assert to_keep(tensor) == (None, (tensor,))
+        with torch.enable_grad():
+            assert has_none(doubled(torch.arange(3.0), []))
+    assert has_none(tensor)
+
+
+def test_a_note_goes_with_its_tensor_and_is_not_saved_with_it(tmp_path: Path) -> None:
+    before = len(_NOTES)
+    tensor = doubled(torch.ones(4, requires_grad=True), [])
+    assert len(_NOTES) == before + 1
+    torch.save(tensor, tmp_path / "it.pt")
+    assert torch.equal(torch.load(tmp_path / "it.pt"), tensor)
+    del tensor
+    assert len(_NOTES) == before

@@ -21,14 +21,11 @@ typedef struct {
     int32_t type, with_gradient;
 } Loss;
 
-/* cap * tanh(x / cap), and in *slope its derivative, both exact where they are small. */
+/* cap * tanh(x / cap), and in *slope its derivative. */
 static INLINE floats capped(floats x, float cap, floats *slope) {
-    const integers sign = (integers)x & (int32_t)0x80000000;
-    const floats size = (floats)((integers)x & 0x7fffffff);
-    const floats e = exp2_of(size * (-2 * LOG2_E / cap)); /* tanh u = (1 - e) / (1 + e) with e = exp(-2 u) */
-    const floats over = 1 / (1 + e);
-    *slope = 4 * e * over * over;
-    return (floats)((integers)((1 - e) * over * cap) | sign);
+    const floats share = tanh_of(x / cap);
+    *slope = 1.0f - share * share;
+    return share * cap;
 }
 
 /* z of the logits from the i-th on, of which `left` are there; the others are what adds nothing. */

@@ -8,8 +8,6 @@
 
 #include "numbers.h"
 
-#define LOG2_E 1.44269504f
-
 typedef struct {
     char *data;
     int64_t row, head, token; /* strides in elements */
@@ -88,24 +86,6 @@ static INLINE void hide(const Attention *a, Sample s, int64_t i, int64_t block, 
     low -= block, high -= block;
     for (int64_t j = a->prefix > block ? a->prefix - block : 0; j < smaller(low, columns); j++) scores[j] = -INFINITY;
     for (int64_t j = high < 0 ? 0 : high; j < columns; j++) scores[j] = -INFINITY;
-}
-
-/* tanh(x), to 3e-7 of the result. */
-static INLINE floats tanh_of(floats x) {
-    const float magic = 0x1.8p23f; /* as in exp2_within */
-    const integers sign = (integers)x & INT32_MIN;
-    const floats size = (floats)((integers)x ^ sign) * (-2 * LOG2_E);
-    const floats power = choose(size <= -40.0f, (floats){0} - 40.0f, size);
-    const floats shifted = power + magic, f = power - (shifted - magic);
-    const floats whole = (floats)(((integers)shifted << 23) + (127 << 23));
-    floats y = f * 1.54352254e-4f + 1.33999557e-3f;
-    y = y * f + 9.61804048e-3f;
-    y = y * f + 5.55032795e-2f;
-    y = y * f + 2.40226509e-1f;
-    y = y * f + 6.93147182e-1f;
-    /* e^(-2|x|) - 1, which keeps its digits where x is small. */
-    const floats less = y * f * whole + (whole - 1.0f);
-    return (floats)((integers)(-less / (less + 2.0f)) | sign);
 }
 
 /* A block's first columns for query i, as the softmax takes them. */
