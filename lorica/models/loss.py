@@ -4,7 +4,8 @@ The model runs up to its last hidden states; only the positions that are trained
 hundred at a time, and each chunk's gradient is taken on the spot, so what survives a chunk is one gradient of the
 hidden states (Cut Cross-Entropy, arXiv 2411.09009, and Liger, arXiv 2410.10989, keep as little; theirs are CUDA
 kernels). With a vocabulary of 49,152 and 2,048 tokens that replaces 400 MB of float32 logits, and as much again for
-their gradient, by one chunk of 64 MB, whose logits become their own gradient (kernels/cross_entropy.py).
+their gradient, by one chunk of 64 MB (131 where the vocabulary has 128,256 entries), whose logits become their own
+gradient (kernels/cross_entropy.py).
 
 What a model does to its logits after the head (scaling, soft-capping) is checked, not trusted: `make_loss` compares
 with the model's own logits once, on a few tokens. Where nothing matches, the model computes its logits itself, at the
@@ -37,6 +38,8 @@ from lorica.models.tasks import CLASSIFICATION, task_of
 IGNORED = -100
 _CHUNK_BYTES = 1 << 26
 _ROUND_TO = 64
+_FEWEST_ROWS = 256
+"""A product of fewer rows spends its time on reading the head's weight: a large vocabulary gets more memory instead."""
 
 LossFunction = Callable[[PreTrainedModel, Mapping[str, Any], Tensor], Tensor]
 """(model, keywords for the model, targets on the CPU) -> sum of the losses, a float32 scalar.
@@ -118,7 +121,7 @@ def chunked_cross_entropy(
     vocabulary = cast(Tensor, head.weight).shape[0]
     # The logits, which become their gradient; where products are widened, one of both in float32 for a moment as well.
     row_bytes = vocabulary * (hidden.dtype.itemsize + (4 if is_widened(hidden) else 0))
-    chunk = max(1, _CHUNK_BYTES // (row_bytes * _ROUND_TO)) * _ROUND_TO
+    chunk = max(_FEWEST_ROWS, _CHUNK_BYTES // (row_bytes * _ROUND_TO) * _ROUND_TO)
     parameters = [p for p in head.parameters() if p.requires_grad] if torch.is_grad_enabled() else []
     loss: Tensor = _ChunkedCrossEntropy.apply(hidden, targets, head, after, chunk, *parameters)  # type: ignore[no-untyped-call]
     return loss

@@ -33,8 +33,9 @@ MODELS = {
 
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """64 rows a chunk, the fewest, so that small inputs need several."""
+    """64 rows a chunk, so that small inputs need several."""
     monkeypatch.setattr(loss_module, "_CHUNK_BYTES", 1)
+    monkeypatch.setattr(loss_module, "_FEWEST_ROWS", 64)
 
 
 @pytest.mark.parametrize("rows", [1, 64, 150])
