@@ -30,7 +30,7 @@ from transformers.pytorch_utils import Conv1D
 from lorica.kernels.build import FLAGS, library
 from lorica.kernels.linear import Conv1D as OurConv1D
 from lorica.kernels.linear import Linear, is_stand_in, is_widened, linear
-from lorica.kernels.recipes import Recipe, to_keep
+from lorica.kernels.made_again import Recipe, to_keep
 
 _DENSE = (nn.Linear, Linear, Conv1D, OurConv1D)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")

@@ -5,7 +5,7 @@ the MLP keeps four tensors of its inner size: gate, act(gate), up and their prod
 token, or from gate and up alone, backward has all of it again for a few elementwise operations. On a Llama shape of 135
 million parameters that is a third of all activations. GPT-2 writes GELU's tangent form out in eight operations, of
 which four keep a tensor of the MLP's inner size; torch's own keeps its input. What normalisations and GELU give out has
-a recipe, so that the adapters that read it need not keep it (kernels/recipes.py).
+a recipe, so that the adapters that read it need not keep it (kernels/made_again.py).
 
 Which modules these replace is not guessed from a name: a class is taken for one of them if, on a small example, its own
 `forward` computes what ours computes. The new modules hold the old ones' parameters and submodules under the same
@@ -29,7 +29,7 @@ from torch.nn import functional as F
 
 from lorica.kernels import cpu_layers
 from lorica.kernels.linear import gated, is_unwatched
-from lorica.kernels.recipes import with_recipe
+from lorica.kernels.made_again import with_recipe
 
 
 class RMSNorm(nn.Module):

@@ -36,16 +36,14 @@ _NUM_PAGES = 4
 
 
 @dataclass(frozen=True)
-class Paging:
-    """AdamW's moments by where they live, in bytes; those in the file to within a page.
+class Waiting:
+    """What waits beside the device, in bytes.
 
     Attributes:
-        device_bytes: with the buffers through which the others pass.
-        free_bytes: of the disk on which `folder` is.
-        seconds: that copies take in a step, at most; None where there is no GPU to time its bus.
+        free_bytes: of the disk on which `folder` is, without what others of the run take of it.
+        seconds: that copies take, at most; None where there is no GPU to time its bus.
     """
 
-    device_bytes: int
     host_bytes: int
     file_bytes: int
     folder: str
@@ -59,24 +57,19 @@ class Paging:
 
 
 @dataclass(frozen=True)
-class Offloading:
-    """The inputs of checkpointed layers by where they wait for backward, in bytes.
+class Offloading(Waiting):
+    """The inputs of checkpointed layers until backward; `seconds` are of a micro batch, while its layers compute."""
+
+
+@dataclass(frozen=True)
+class Paging(Waiting):
+    """AdamW's moments, those in the file to within a page; `seconds` are of a step.
 
     Attributes:
-        free_bytes: of the disk on which `folder` is, without what AdamW's moments take.
-        seconds: that copies take in a micro batch, while layers compute; None where there is no GPU to time its bus.
+        device_bytes: of those on the device, with the buffers through which the others pass.
     """
 
-    host_bytes: int
-    file_bytes: int
-    folder: str
-    free_bytes: int
-    seconds: float | None
-
-    @property
-    def fits(self) -> bool:
-        """Whether the disk has the room."""
-        return self.file_bytes <= self.free_bytes
+    device_bytes: int
 
 
 def plan_offloading(
@@ -106,7 +99,7 @@ def plan_paging(config: RunConfig, device: torch.device, rehearsal: Rehearsal) -
         pages = rehearsal.paged_bytes / _PAGE_BYTES
         seconds = None if over_bus is None or seconds is None else seconds + over_bus * pages
     on_device = rehearsal.parts.optimizer
-    return Paging(on_device, host, file, str(folder), shutil.disk_usage(folder).free, seconds)
+    return Paging(host, file, str(folder), shutil.disk_usage(folder).free, seconds, device_bytes=on_device)
 
 
 def split_tiers(config: RunConfig, device: torch.device, num_bytes: int) -> tuple[int, int]:

@@ -226,19 +226,25 @@ static inline floats between(floats x, float low, float high) {
 #endif
 }
 
-/* 2^x for |x| <= 126, to 1e-7 of the result. */
-static inline floats exp2_within(floats x) {
+/* 2^x as *whole (1 + *rest y), for the y that is returned: a power of 2, and 2^f - 1 = f y for |f| <= 1/2. */
+static INLINE floats exp2_parts(floats x, floats *whole, floats *rest) {
     const float magic = 0x1.8p23f; /* adding it rounds to a whole number, which stands in the last bits */
     const floats shifted = x + magic, f = x - (shifted - magic);
-    const floats power = (floats)(((integers)shifted << 23) + (127 << 23));
-    /* The polynomial nearest to 2^f for |f| <= 1/2. */
+    *whole = (floats)(((integers)shifted << 23) + (127 << 23));
+    *rest = f;
+    /* The polynomial nearest to (2^f - 1) / f. */
     floats y = f * 1.54352254e-4f + 1.33999557e-3f;
     y = y * f + 9.61804048e-3f;
     y = y * f + 5.55032795e-2f;
     y = y * f + 2.40226509e-1f;
-    y = y * f + 6.93147182e-1f;
-    y = y * f + 1.0f;
-    return y * power;
+    return y * f + 6.93147182e-1f;
+}
+
+/* 2^x for |x| <= 126, to 1e-7 of the result. */
+static INLINE floats exp2_within(floats x) {
+    floats whole, rest;
+    const floats y = exp2_parts(x, &whole, &rest);
+    return (y * rest + 1.0f) * whole;
 }
 
 /* 2^x for x <= 0; 0 from 2^-126 down. */
@@ -249,19 +255,12 @@ static inline floats exp2_of(floats x) {
 
 /* tanh(x), to 3e-7 of the result. */
 static INLINE floats tanh_of(floats x) {
-    const float magic = 0x1.8p23f; /* as in exp2_within */
     const integers sign = (integers)x & INT32_MIN;
     const floats size = (floats)((integers)x ^ sign) * (-2 * LOG2_E);
-    const floats power = choose(size <= -40.0f, (floats){0} - 40.0f, size);
-    const floats shifted = power + magic, f = power - (shifted - magic);
-    const floats whole = (floats)(((integers)shifted << 23) + (127 << 23));
-    floats y = f * 1.54352254e-4f + 1.33999557e-3f;
-    y = y * f + 9.61804048e-3f;
-    y = y * f + 5.55032795e-2f;
-    y = y * f + 2.40226509e-1f;
-    y = y * f + 6.93147182e-1f;
+    floats whole, rest;
+    const floats y = exp2_parts(choose(size <= -40.0f, (floats){0} - 40.0f, size), &whole, &rest);
     /* e^(-2|x|) - 1, which keeps its digits where x is small. */
-    const floats less = y * f * whole + (whole - 1.0f);
+    const floats less = y * rest * whole + (whole - 1.0f);
     return (floats)((integers)(-less / (less + 2.0f)) | sign);
 }
 

@@ -7,6 +7,9 @@ costs nothing, and makes the tensor again for a pass over memory. Adapters that 
 A recipe is lost where an operation makes another tensor of the one that has it, and it is not taken where that tensor
 or an ingredient was written into since: whoever asks gets the tensor itself then.
 
+A recipe travels with its tensor to whoever reads it. Where a module of ours stands around the reader, as the gated MLP
+of models/lean.py around its last layer, a hook for saved tensors does the same for every kind of adapter.
+
 What it gives up: writing through `.data` or in C is not seen, as autograd does not see it either.
 """
 

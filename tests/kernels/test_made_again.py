@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lorica.kernels.recipes import _NOTES, to_keep, with_recipe
+from lorica.kernels.made_again import _NOTES, to_keep, with_recipe
 
 
 def doubled(source: Tensor, calls: list[int]) -> Tensor:
